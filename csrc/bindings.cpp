@@ -1,0 +1,208 @@
+// The Python module tael._native.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <climits>
+#include <stdexcept>
+
+#include "kernels/dispatch.hpp"
+#include "model/model.hpp"
+#include "quant/dequantize.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace tael {
+namespace {
+
+using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Bytes2D = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Pool = nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Floats2D = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Ints = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Ints2D = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using FloatArray2D = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
+
+Format format_named(const std::string& name) {
+  for (int i = 0; i < kNumFormats; ++i)
+    if (name == kFormats[i].name) return Format(i);
+  throw std::invalid_argument("unknown weight format " + name);
+}
+
+// A Matrix that keeps its bytes alive.
+struct MatrixHandle {
+  Matrix matrix;
+  Bytes bytes;
+
+  MatrixHandle(const std::string& format, int64_t rows, int64_t columns, Bytes tiles) : bytes(tiles) {
+    matrix = {format_named(format), rows, columns, tiles.data()};
+    if (int64_t(tiles.size()) != num_tiles(rows) * matrix.tile_stride())
+      throw std::invalid_argument("matrix of " + format + ": wrong number of bytes");
+  }
+};
+
+FloatArray2D new_array(int64_t rows, int64_t columns) {
+  float* data = new float[rows * columns]();
+  nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<float*>(p); });
+  return FloatArray2D(data, {size_t(rows), size_t(columns)}, owner);
+}
+
+Vector padded_vector(const std::optional<Floats>& array) {
+  Vector v;
+  if (!array) return v;
+  v.values.assign(padded_columns(int64_t(array->size())), 0.0f);
+  std::copy(array->data(), array->data() + array->size(), v.values.begin());
+  return v;
+}
+
+// x W^T with a freshly allocated result: for tests of the kernels.
+FloatArray2D matmul_rows(const MatrixHandle& w, Floats2D x, const std::string& isa, int num_threads) {
+  const Kernels& kernels = kernels_for(isa);
+  const int64_t tokens = int64_t(x.shape(0)), columns = w.matrix.columns;
+  if (int64_t(x.shape(1)) != columns) throw std::invalid_argument("columns differ");
+  const Activations input(tokens, columns);
+  for (int64_t t = 0; t < tokens; ++t) {
+    std::copy(x.data() + t * columns, x.data() + (t + 1) * columns, input.row(t));
+    input.quantize(kernels, t);
+  }
+  const int64_t stride = w.matrix.padded_rows();
+  const Buffer<float> out(tokens * stride);
+  ThreadPool pool(num_threads);
+  pool.run([&](int) { linear(pool, kernels, input, tokens, {{&w.matrix, out.data(), stride}}); });
+  FloatArray2D result = new_array(tokens, w.matrix.rows);
+  for (int64_t t = 0; t < tokens; ++t)
+    std::copy(out.data() + t * stride, out.data() + t * stride + w.matrix.rows, result.data() + t * w.matrix.rows);
+  return result;
+}
+
+// Model plus the Python objects whose memory it reads.
+struct ModelHandle {
+  Model model;
+  std::vector<nb::object> keep;
+
+  ModelHandle(const std::string& isa, int num_threads, const ModelConfig& config)
+      : model(isa, num_threads, config) {}
+
+  const Matrix& hold(nb::handle matrix) {
+    keep.push_back(nb::borrow(matrix));
+    return nb::cast<MatrixHandle&>(matrix).matrix;
+  }
+
+  void add_layer(const nb::dict& attention, const nb::dict& ffn, const nb::dict& norms) {
+    const auto matrix = [&](const nb::dict& d, const char* key) { return hold(d[key]); };
+    const auto vector = [](const nb::dict& d, const char* key) {
+      return padded_vector(nb::cast<std::optional<Floats>>(d[key]));
+    };
+    const auto number = [&](const char* key) { return nb::cast<int>(attention[key]); };
+    const nb::object window = attention["window"];
+    AttentionConfig config{
+        .shape = {number("num_heads"), number("num_kv_heads"), number("head_dim"),
+                  window.is_none() ? INT_MAX : nb::cast<int>(window)},
+        .scale = nb::cast<float>(attention["scale"]),
+        .norm_eps = model.config().norm_eps,
+        .rope = number("rope"),
+        .plan = -1,
+        .cache_group = number("cache_group"),
+        .layer_offset = nb::cast<int64_t>(attention["layer_offset"]),
+    };
+    AttentionWeights weights{
+        matrix(attention, "q"), matrix(attention, "k"), matrix(attention, "v"), matrix(attention, "o"),
+        vector(attention, "q_bias"), vector(attention, "k_bias"), vector(attention, "v_bias"),
+        vector(attention, "o_bias"), vector(attention, "q_norm"), vector(attention, "k_norm")};
+    const Activation activation =
+        nb::cast<std::string>(ffn["activation"]) == "silu" ? Activation::SiLU : Activation::GeluTanh;
+    model.add_layer(config, std::move(weights),
+                    DenseLayer(activation, {matrix(ffn, "gate"), matrix(ffn, "up"), matrix(ffn, "down")}),
+                    {vector(norms, "mixer"), vector(norms, "mixer_post"), vector(norms, "ffn"),
+                     vector(norms, "ffn_post")});
+  }
+
+  void bind_kv(int group, Pool pool) {
+    keep.push_back(nb::cast(pool));
+    model.bind_kv(group, pool.data(), int64_t(pool.shape(0)), int64_t(pool.shape(1)));
+  }
+};
+
+FloatArray2D forward(nb::handle_t<ModelHandle> self, Ints token_ids, Ints positions, Ints query_start,
+                     const std::vector<Ints2D>& block_tables, Ints logits_indices) {
+  Model& model = nb::cast<ModelHandle&>(self).model;
+  Batch batch{};
+  batch.num_tokens = int64_t(token_ids.size());
+  batch.num_seqs = int64_t(query_start.size()) - 1;
+  batch.num_logits = int64_t(logits_indices.size());
+  if (positions.size() != token_ids.size()) throw std::invalid_argument("one position a token");
+  batch.token_ids = token_ids.data();
+  batch.positions = positions.data();
+  batch.query_start = query_start.data();
+  batch.logits_indices = logits_indices.data();
+  for (const Ints2D& table : block_tables) {
+    if (int64_t(table.shape(0)) != batch.num_seqs) throw std::invalid_argument("one block table row a sequence");
+    batch.block_tables.push_back({table.data(), int64_t(table.shape(1))});
+  }
+  const float* logits;
+  {
+    nb::gil_scoped_release release;
+    logits = model.forward(std::move(batch));
+  }
+  const size_t shape[2] = {logits_indices.size(), size_t(model.config().vocab_size)};
+  const int64_t strides[2] = {model.logits_stride(), 1};
+  return FloatArray2D(const_cast<float*>(logits), 2, shape, self, strides);
+}
+
+}  // namespace
+}  // namespace tael
+
+NB_MODULE(_native, m) {
+  using namespace tael;
+  m.attr("BLOCK_TOKENS") = kBlockTokens;
+  m.def("supported_isas", &supported_isas);
+  m.def("num_tiles", &num_tiles, "rows"_a);
+  m.def("tile_bytes", [](const std::string& format, int64_t columns) {
+    return tile_bytes(format_named(format), columns);
+  }, "format"_a, "columns"_a);
+  m.def("repack", [](const std::string& format, Bytes2D rows, int64_t columns,
+                     nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> tiles) {
+    const Format f = format_named(format);
+    const FormatInfo& info = kFormats[int(f)];
+    const int64_t num_rows = int64_t(rows.shape(0));
+    if (columns % info.block_columns || int64_t(rows.shape(1)) != columns / info.block_columns * info.block_bytes ||
+        int64_t(tiles.size()) != num_tiles(num_rows) * tile_bytes(f, columns))
+      throw std::invalid_argument("repack: sizes disagree");
+    nb::gil_scoped_release release;
+    repack(f, rows.data(), num_rows, columns, tiles.data());
+  }, "format"_a, "rows"_a, "columns"_a, "tiles"_a);
+  m.def("dequantize_row", [](const MatrixHandle& w, int64_t row) {
+    if (row < 0 || row >= w.matrix.rows) throw std::out_of_range("row");
+    FloatArray2D out = new_array(1, w.matrix.columns);
+    dequantize_row(w.matrix.format, w.matrix.tile(row / kTileRows), int(row % kTileRows), w.matrix.columns, out.data());
+    return out;
+  }, "matrix"_a, "row"_a);
+  m.def("matmul", &matmul_rows, "matrix"_a, "x"_a, "isa"_a, "num_threads"_a);
+
+  nb::class_<MatrixHandle>(m, "Matrix")
+      .def(nb::init<const std::string&, int64_t, int64_t, Bytes>(), "format"_a, "rows"_a, "columns"_a, "tiles"_a);
+
+  nb::class_<ModelHandle>(m, "Model")
+      .def("__init__", [](ModelHandle* self, const std::string& isa, int num_threads, int64_t hidden_size,
+                          int64_t vocab_size, float norm_eps, float embedding_scale) {
+        new (self) ModelHandle(isa, num_threads, {hidden_size, vocab_size, norm_eps, embedding_scale});
+      }, "isa"_a, "num_threads"_a, "hidden_size"_a, "vocab_size"_a, "norm_eps"_a, "embedding_scale"_a)
+      .def("add_rope", [](ModelHandle& self, std::vector<float> inv_freq, float attention_factor) {
+        return self.model.add_rope(std::move(inv_freq), attention_factor);
+      }, "inv_freq"_a, "attention_factor"_a)
+      .def("set_ends", [](ModelHandle& self, nb::object embedding, nb::object lm_head, Floats norm) {
+        self.model.set_ends(self.hold(embedding), self.hold(lm_head), padded_vector(norm));
+      }, "embedding"_a, "lm_head"_a, "norm"_a)
+      .def("add_layer", &ModelHandle::add_layer, "attention"_a, "ffn"_a, "norms"_a)
+      .def("allocate", [](ModelHandle& self, int64_t max_tokens, int64_t max_seqs, int64_t max_logits,
+                          int64_t max_model_len) {
+        self.model.allocate({max_tokens, max_seqs, max_logits, max_model_len});
+      }, "max_tokens"_a, "max_seqs"_a, "max_logits"_a, "max_model_len"_a)
+      .def("bind_kv", &ModelHandle::bind_kv, "cache_group"_a, "pool"_a)
+      .def_prop_ro("workspace_bytes", [](const ModelHandle& self) { return self.model.workspace_bytes(); })
+      .def("forward", &forward, "token_ids"_a, "positions"_a, "query_start"_a, "block_tables"_a, "logits_indices"_a);
+}

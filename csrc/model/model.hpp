@@ -1,0 +1,82 @@
+// A decoder-only transformer: one forward() a step, on all threads from embedding to logits.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "model/attention_layer.hpp"
+#include "model/dense_layer.hpp"
+
+namespace tael {
+
+struct ModelConfig {
+  int64_t hidden_size;
+  int64_t vocab_size;
+  float norm_eps;
+  float embedding_scale;
+};
+
+struct LayerNorms {
+  Vector mixer, mixer_post, ffn, ffn_post;
+};
+
+class Model {
+ public:
+  Model(const std::string& isa, int num_threads, const ModelConfig& config);
+
+  // Called in this order before the first forward().
+  int add_rope(std::vector<float> inv_freq, float attention_factor);
+  void set_ends(const Matrix& embedding, const Matrix& lm_head, Vector norm);
+  void add_layer(AttentionConfig attention, AttentionWeights weights, DenseLayer ffn, LayerNorms norms);
+  void allocate(const Limits& limits);
+  void bind_kv(int cache_group, uint8_t* pool, int64_t num_blocks, int64_t block_bytes);
+
+  // Logits of batch.logits_indices, [num_logits, logits_stride()], valid until the next call.
+  // Throws std::out_of_range for a batch beyond the limits, the vocabulary or the block pools.
+  const float* forward(Batch batch);
+
+  int64_t logits_stride() const { return lm_head_.padded_rows(); }
+  const ModelConfig& config() const { return config_; }
+  int num_cache_groups() const { return int(pool_blocks_.size()); }
+  int64_t workspace_bytes() const;
+
+ private:
+  struct Layer {
+    AttentionLayer attention;
+    DenseLayer ffn;
+    LayerNorms norms;
+  };
+  // Buffers of one step.
+  struct Workspace {
+    Workspace(const Limits& limits, int num_threads, const Model& model);
+    Activations hidden;  // the residual stream, in float
+    Activations normed;
+    Activations update;  // what a layer adds
+    Activations last;    // rows whose logits are wanted
+    Buffer<float> logits;
+    AttentionWorkspace attention;
+    DenseWorkspace dense;
+    std::vector<int32_t> token_seq;
+  };
+
+  void check(const Batch& batch) const;
+  void step(const Step& step);
+  void embed(const Step& step);
+  void add_and_norm(const Step& step, const Vector& post_norm, const Vector& norm);
+  void project_logits(const Step& step);
+
+  const Kernels& kernels_;
+  ThreadPool pool_;
+  ModelConfig config_;
+  Limits limits_{};
+  Matrix embedding_{}, lm_head_{};
+  Vector norm_;
+  std::vector<RopeTable> ropes_;
+  std::vector<AttentionPlan> plans_;
+  std::vector<AttentionShape> shapes_;
+  std::vector<Layer> layers_;
+  std::vector<int64_t> pool_blocks_;  // per cache group
+  std::unique_ptr<Workspace> ws_;
+};
+
+}  // namespace tael

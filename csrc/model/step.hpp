@@ -1,0 +1,57 @@
+// What the layers of a model share during one step.
+#pragma once
+
+#include <vector>
+
+#include "model/linear.hpp"
+
+namespace tael {
+
+// Largest step that a model will be asked for; all memory is allocated for it at load.
+struct Limits {
+  int64_t max_tokens;
+  int64_t max_seqs;
+  int64_t max_logits;
+  int64_t max_model_len;
+};
+
+// The arrays of ForwardBatch (tael/backends/base.py), and the sequence of each token.
+struct Batch {
+  struct BlockTable {
+    const int32_t* data;
+    int64_t stride;
+    const int32_t* row(int64_t seq) const { return data + seq * stride; }
+  };
+  int64_t num_tokens;
+  int64_t num_seqs;
+  int64_t num_logits;
+  const int32_t* token_ids;
+  const int32_t* positions;
+  const int32_t* query_start;
+  const int32_t* logits_indices;
+  const int32_t* token_seq;
+  std::vector<BlockTable> block_tables;  // one per cache group
+};
+
+struct Step {
+  const Batch& batch;
+  const Kernels& kernels;
+  ThreadPool& pool;
+  int thread;
+};
+
+// A vector parameter, padded with zeros to whole groups; empty where the model has none.
+struct Vector {
+  std::vector<float> values;
+  explicit operator bool() const { return !values.empty(); }
+  const float* data() const { return values.data(); }
+};
+
+struct RopeTable {
+  std::vector<float> inv_freq;
+  float attention_factor;
+  Buffer<float> cos, sin;  // [max_tokens, num_pairs], of this step
+  int num_pairs() const { return int(inv_freq.size()); }
+};
+
+}  // namespace tael

@@ -1,0 +1,91 @@
+"""The whole model in numpy: what every kernel and every other backend is tested against."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tael.backends.base import ForwardBatch
+from tael.backends.reference.kv_cache import KVCache
+from tael.backends.reference.layers import (
+    ACTIVATIONS,
+    Float32,
+    attention,
+    linear,
+    rms_norm,
+    rotary,
+)
+from tael.loader.checkpoint import Checkpoint
+from tael.loader.weights import read_parameter
+from tael.models.spec import Attention, Dense, ModelSpec
+
+
+class ReferenceBackend:
+    """A ``Backend`` for tests: slow, and exempt from the byte budget, as it decodes the weights
+    to float32 and keeps float32 KV of its own beside the pools it is given.
+
+    The definition is of values, not of bits: numpy's matrix product rounds differently for
+    different numbers of tokens, so equal positions of two batches agree to about 1e-5.
+    """
+
+    def __init__(self, spec: ModelSpec, checkpoint: Checkpoint) -> None:
+        self.spec = spec
+        self.parameters = {
+            name: read_parameter(checkpoint, spec, name) for name in spec.parameters()
+        }
+        self.kv_cache: KVCache
+
+    def bind_kv(self, pools: list[NDArray[np.uint8]]) -> None:
+        self.kv_cache = KVCache(self.spec, [len(pool) for pool in pools])
+
+    def forward(self, batch: ForwardBatch) -> NDArray[np.float32]:
+        spec, parameters = self.spec, self.parameters
+        x = parameters["embed_tokens.weight"][batch.token_ids] * np.float32(spec.embedding_scale)
+        norm = partial(rms_norm, eps=spec.norm_eps)
+        for i, layer in enumerate(spec.layers):
+            p = {
+                name: parameters[f"layers.{i}.{name}"]
+                for name, _ in layer.parameters(spec.hidden_size)
+            }
+            y = self._attention(layer.mixer, i, p, norm(x, p["mixer_norm.weight"]), batch)
+            x = x + (norm(y, p["mixer_post_norm.weight"]) if layer.post_norms else y)
+            y = _dense(layer.ffn, p, norm(x, p["ffn_norm.weight"]))
+            x = x + (norm(y, p["ffn_post_norm.weight"]) if layer.post_norms else y)
+        x = norm(x[batch.logits_indices], parameters["norm.weight"])
+        head = "embed_tokens.weight" if spec.tie_word_embeddings else "lm_head.weight"
+        return linear(x, parameters[head])
+
+    def _attention(
+        self, mixer: Attention, layer: int, p: dict[str, Float32], x: Float32, batch: ForwardBatch
+    ) -> Float32:
+        def heads(role: str) -> Float32:
+            y = linear(x, p[f"{role}_proj.weight"], p.get(f"{role}_proj.bias"))
+            return y.reshape(len(x), -1, mixer.head_dim)
+
+        q, k, v = heads("q"), heads("k"), heads("v")
+        if mixer.qk_norm:
+            q = rms_norm(q, p["q_norm.weight"], self.spec.norm_eps)
+            k = rms_norm(k, p["k_norm.weight"], self.spec.norm_eps)
+        q = rotary(q, batch.positions, mixer.rope)
+        k = rotary(k, batch.positions, mixer.rope)
+
+        mixed = np.empty((len(x), mixer.num_heads * mixer.head_dim), np.float32)
+        for s in range(len(batch.query_start) - 1):
+            tokens = slice(batch.query_start[s], batch.query_start[s + 1])
+            positions = batch.positions[tokens]
+            table = batch.block_tables[self.kv_cache.group_of_layer[layer]][s]
+            self.kv_cache.write(layer, table, positions, k[tokens], v[tokens])
+            start = 0 if mixer.window is None else max(0, positions[0] - mixer.window + 1)
+            seen = np.arange(start, positions[-1] + 1, dtype=np.int32)
+            keys, values = self.kv_cache.read(layer, table, seen)
+            mixed[tokens] = attention(
+                q[tokens], keys, values, positions, seen, mixer.scale, mixer.window
+            )
+        return linear(mixed, p["o_proj.weight"], p.get("o_proj.bias"))
+
+
+def _dense(ffn: Dense, p: dict[str, Float32], x: Float32) -> Float32:
+    gate = ACTIVATIONS[ffn.activation](linear(x, p["gate_proj.weight"]))
+    return linear(gate * linear(x, p["up_proj.weight"]), p["down_proj.weight"])

@@ -1,0 +1,185 @@
+"""The block tables of all requests: who holds which block of which cache group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tael.cache.block_hash import block_hash, root_hash
+from tael.cache.block_pool import BlockPool
+from tael.cache.prefix_cache import longest_prefix
+from tael.models.spec import CacheGroup
+from tael.request import Request
+
+RELEASED = -1
+"""In a block table: no query looks at these positions any more."""
+
+
+@dataclass(slots=True)
+class _Holding:
+    """The blocks of one running request."""
+
+    tables: tuple[list[int], ...]
+    firsts: list[int]
+    """Per group, the first entry of the table that is not released."""
+    num_published: int
+    """Leading blocks already offered to the prefix cache."""
+
+
+class CacheManager:
+    """Hands out the blocks of every cache group, shares complete ones between requests and
+    takes them back.
+
+    A step of a request goes ``start`` (once) or ``allocate``, then the forward pass, then
+    ``publish`` and ``trim``. ``free`` ends it at any point. The caller owns
+    ``num_computed_tokens``, except that ``start`` sets it to what the prefix cache holds.
+    """
+
+    def __init__(
+        self,
+        groups: tuple[CacheGroup, ...],
+        num_blocks: tuple[int, ...],
+        block_size: int,
+        fingerprint: bytes,
+    ) -> None:
+        self.groups = groups
+        self.pools = tuple(BlockPool(n) for n in num_blocks)
+        self.block_size = block_size
+        self.num_prefix_query_tokens = 0
+        """Tokens of the requests that ``start`` accepted, and..."""
+        self.num_prefix_hit_tokens = 0
+        """...those of them that it found in the cache."""
+        self._fingerprint = fingerprint
+        self._holdings: dict[Request, _Holding] = {}
+
+    def start(self, request: Request, max_new_tokens: int) -> bool:
+        """Give a request its longest cached prefix and blocks for up to ``max_new_tokens`` more
+        tokens, and set ``num_computed_tokens`` to that prefix. All of it or, when the pools
+        cannot provide the blocks, nothing."""
+        # A hit leaves a token to compute: the logits after the last one are what is asked for.
+        num_hashes = (request.num_tokens - 1) // self.block_size
+        hashes = self._extend_hashes(request, num_hashes)[:num_hashes]
+        num_hits = longest_prefix(self.groups, self.pools, hashes, self.block_size)
+        num_computed_tokens = num_hits * self.block_size
+
+        # Hits are referenced in all groups before a block is taken in any: taking may evict.
+        holding = _Holding(tuple([] for _ in self.groups), [], num_hits)
+        for group, pool, table in zip(self.groups, self.pools, holding.tables, strict=True):
+            first = group.first_block(num_computed_tokens, self.block_size)
+            holding.firsts.append(first)
+            table.extend([RELEASED] * first)
+            for hit in hashes[first:num_hits]:
+                block = pool.lookup(hit)
+                assert block is not None
+                pool.ref(block)
+                table.append(block)
+        self._holdings[request] = holding
+
+        request.num_computed_tokens = num_computed_tokens
+        num_new_tokens = min(request.num_tokens - num_computed_tokens, max_new_tokens)
+        if not self.allocate(request, num_new_tokens):
+            self.free(request)
+            request.num_computed_tokens = 0
+            return False
+        self.num_prefix_query_tokens += request.num_tokens
+        self.num_prefix_hit_tokens += num_computed_tokens
+        return True
+
+    def allocate(self, request: Request, num_new_tokens: int) -> bool:
+        """Extend the block tables of a started request to hold ``num_new_tokens`` after the
+        computed ones: in all groups, or False and no change."""
+        tables = self._holdings[request].tables
+        num_blocks = -(-(request.num_computed_tokens + num_new_tokens) // self.block_size)
+        for pool, table in zip(self.pools, tables, strict=True):
+            if num_blocks - len(table) > pool.num_available:
+                return False
+        for pool, table in zip(self.pools, tables, strict=True):
+            table.extend(pool.take() for _ in range(num_blocks - len(table)))
+        return True
+
+    def publish(self, request: Request) -> None:
+        """Offer the blocks that the last step completed to other requests. Call it when their
+        KV exists and ``num_computed_tokens`` says so, before ``trim``."""
+        holding = self._holdings[request]
+        num_full = request.num_computed_tokens // self.block_size
+        hashes = self._extend_hashes(request, num_full)
+        for pool, table in zip(self.pools, holding.tables, strict=True):
+            for i in range(holding.num_published, num_full):
+                pool.publish(table[i], hashes[i])
+        holding.num_published = num_full
+
+    def trim(self, request: Request) -> None:
+        """Release the blocks that have left the windows: the next query of the request, at
+        position ``num_computed_tokens``, and all later ones look past them."""
+        holding = self._holdings[request]
+        for i, group in enumerate(self.groups):
+            table = holding.tables[i]
+            first = group.first_block(request.num_computed_tokens, self.block_size)
+            for j in range(holding.firsts[i], first):
+                self.pools[i].deref(table[j])
+                table[j] = RELEASED
+            holding.firsts[i] = first
+
+    def free(self, request: Request) -> None:
+        """Take back all blocks of a started request."""
+        holding = self._holdings.pop(request)
+        for pool, table, first in zip(self.pools, holding.tables, holding.firsts, strict=True):
+            # Last block first: a chain of blocks is evicted from its end, where it is shared
+            # least and where a gap costs least.
+            for block in reversed(table[first:]):
+                pool.deref(block)
+
+    def block_tables(self, request: Request) -> tuple[list[int], ...]:
+        """One table per group; entry i is the block of positions ``i * block_size`` onward, or
+        RELEASED. They are the live tables: read them before the next call, do not write."""
+        return self._holdings[request].tables
+
+    def kv_bytes(self, request: Request) -> int:
+        """Bytes of the blocks that a request references; a shared block counts in full."""
+        holding = self._holdings[request]
+        return sum(
+            (len(table) - first) * group.block_bytes
+            for group, table, first in zip(self.groups, holding.tables, holding.firsts, strict=True)
+        )
+
+    def can_ever_hold(self, num_tokens: int, num_new_tokens: int) -> bool:
+        """Whether empty pools hold one request on its way to ``num_tokens``, computed at most
+        ``num_new_tokens`` a step."""
+        return all(
+            group.num_blocks(num_tokens, num_new_tokens, self.block_size) <= pool.num_blocks
+            for group, pool in zip(self.groups, self.pools, strict=True)
+        )
+
+    @property
+    def num_free(self) -> int:
+        """Blocks of all groups."""
+        return sum(pool.num_free for pool in self.pools)
+
+    @property
+    def num_cached(self) -> int:
+        return sum(pool.num_cached for pool in self.pools)
+
+    @property
+    def num_referenced(self) -> int:
+        return sum(pool.num_referenced for pool in self.pools)
+
+    def check(self) -> None:
+        """Assert every invariant of the pools, and that references are what tables say."""
+        for i, pool in enumerate(self.pools):
+            pool.check()
+            ref_counts = [0] * pool.num_blocks
+            for holding in self._holdings.values():
+                table, first = holding.tables[i], holding.firsts[i]
+                assert all(block == RELEASED for block in table[:first])
+                for block in table[first:]:
+                    ref_counts[block] += 1
+            assert ref_counts == [pool.ref_count(b) for b in range(pool.num_blocks)]
+
+    def _extend_hashes(self, request: Request, num_blocks: int) -> list[bytes]:
+        """The identities of at least the first ``num_blocks`` blocks. They stay with the
+        request, so each is computed once, preemption included."""
+        hashes = request.block_hashes
+        for i in range(len(hashes), num_blocks):
+            parent = hashes[-1] if hashes else root_hash(self._fingerprint, request.cache_salt)
+            start = i * self.block_size
+            hashes.append(block_hash(parent, request.token_ids[start : start + self.block_size]))
+        return hashes

@@ -1,0 +1,40 @@
+"""A schedule as the arrays that a backend computes."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tael.backends.base import ForwardBatch
+from tael.cache.manager import RELEASED, CacheManager
+from tael.engine.scheduler import ScheduledRequest
+
+
+def build_batch(scheduled: list[ScheduledRequest], manager: CacheManager) -> ForwardBatch:
+    """The tokens that ``scheduled`` names, with the block tables that ``manager`` gives them.
+    Row i of the logits belongs to the i-th entry that samples."""
+    counts = [entry.num_scheduled_tokens for entry in scheduled]
+    query_start = np.zeros(len(scheduled) + 1, np.int32)
+    np.cumsum(counts, out=query_start[1:])
+    token_ids: list[int] = []
+    positions = np.arange(query_start[-1], dtype=np.int32)
+    for entry, start in zip(scheduled, query_start.tolist(), strict=False):
+        first, count = entry.request.num_computed_tokens, entry.num_scheduled_tokens
+        token_ids += entry.request.token_ids[first : first + count]
+        positions[start : start + count] += first - start
+    tables = [manager.block_tables(entry.request) for entry in scheduled]
+    samples = np.array([entry.samples for entry in scheduled], dtype=bool)
+    return ForwardBatch(
+        token_ids=np.array(token_ids, dtype=np.int32),
+        positions=positions,
+        query_start=query_start,
+        block_tables=tuple(_padded(group) for group in zip(*tables, strict=True)),
+        logits_indices=query_start[1:][samples] - np.int32(1),
+    )
+
+
+def _padded(rows: tuple[list[int], ...]) -> NDArray[np.int32]:
+    table = np.full((len(rows), max(map(len, rows))), RELEASED, np.int32)
+    for i, row in enumerate(rows):
+        table[i, : len(row)] = row
+    return table

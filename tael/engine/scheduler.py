@@ -1,0 +1,174 @@
+"""Which requests compute how many tokens in the next step.
+
+There is no prefill and no decode phase. A step moves ``num_computed_tokens`` of each request
+toward ``num_tokens`` under one budget of tokens; a prompt computed in chunks, a prefix hit and
+a decode are the same subtraction. What holds, and why:
+
+- *Order.* Running requests go first, in the order in which they were admitted; then waiting
+  ones, first come first served.
+- *A decode is never starved by a prompt.* A request is left with tokens to compute only when
+  the step's budget ran out on it, and then nothing was admitted behind it. So only the last
+  running request can be in the middle of its prompt, and the ones before it need one token
+  each, for which ``max_num_seqs <= max_num_batched_tokens`` is always enough.
+- *There is always a next step.* When blocks run out, the last running request gives its own
+  back. The first one can thus claim every block of the pools, and ``add`` refused it unless
+  empty pools hold it to its very end.
+- *No thrashing within a step.* A step that preempted admits nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import chain
+
+from tael.cache.manager import CacheManager
+from tael.config import SchedulerConfig
+from tael.errors import TaelError
+from tael.request import FinishReason, Request, RequestStatus
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRequest:
+    """``num_scheduled_tokens`` of a request, from position ``num_computed_tokens`` on."""
+
+    request: Request
+    num_scheduled_tokens: int
+    samples: bool
+    """These are the last of its tokens, so the step's logits give the next one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """One step: its requests in running order, and those that were preempted to make room."""
+
+    scheduled: list[ScheduledRequest]
+    preempted: list[Request]
+
+
+class Scheduler:
+    """Holds every unfinished request. A step is ``schedule``, a forward pass and ``update``;
+    ``add``, ``finish`` and ``abort`` may come at any moment outside those two calls."""
+
+    def __init__(self, config: SchedulerConfig, manager: CacheManager, max_model_len: int) -> None:
+        self.config = config
+        self.manager = manager
+        self.max_model_len = max_model_len
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises TaelError if it could never run."""
+        num_prompt_tokens, limit = request.num_prompt_tokens, self.length_limit(request)
+        if num_prompt_tokens == 0:
+            raise TaelError("the prompt has no tokens; give at least one.")
+        if num_prompt_tokens >= self.max_model_len:
+            raise TaelError(
+                f"the prompt has {num_prompt_tokens} tokens and the context holds "
+                f"{self.max_model_len}, one of them for the answer; shorten the prompt, or raise "
+                "the memory budget or the maximum context."
+            )
+        if not self.manager.can_ever_hold(limit, self.config.max_num_batched_tokens):
+            raise TaelError(
+                f"a prompt of {num_prompt_tokens} tokens and its answer, {limit} tokens in all, "
+                "do not fit the KV cache even alone; lower max_tokens or raise the memory budget."
+            )
+        self.waiting.append(request)
+
+    def schedule(self) -> Schedule:
+        """Choose the next step and allocate its blocks. Never empty while requests are
+        unfinished."""
+        scheduled: list[ScheduledRequest] = []
+        preempted: list[Request] = []
+        budget = self.config.max_num_batched_tokens
+
+        while len(scheduled) < len(self.running):  # preemption shortens it from the end
+            request = self.running[len(scheduled)]
+            num_new_tokens = min(request.num_tokens - request.num_computed_tokens, budget)
+            if self.manager.allocate(request, num_new_tokens):
+                scheduled.append(self._scheduled(request, num_new_tokens))
+                budget -= num_new_tokens
+            else:
+                preempted.append(self._preempt_last())
+
+        while (
+            self.waiting
+            and not preempted
+            and budget > 0
+            and len(self.running) < self.config.max_num_seqs
+            and self.manager.start(self.waiting[0], budget)
+        ):
+            request = self.waiting.popleft()
+            self._admit(request)
+            num_new_tokens = min(request.num_tokens - request.num_computed_tokens, budget)
+            scheduled.append(self._scheduled(request, num_new_tokens))
+            budget -= num_new_tokens
+        return Schedule(scheduled, preempted)
+
+    def update(self, schedule: Schedule, sampled: Mapping[str, int]) -> None:
+        """Record a completed forward pass. ``sampled`` maps the id of each request that
+        ``samples`` to its next token. Requests aborted during the pass are passed over."""
+        for entry in schedule.scheduled:
+            request = entry.request
+            if request.is_finished:
+                continue
+            request.num_computed_tokens += entry.num_scheduled_tokens
+            if entry.samples:
+                request.token_ids.append(sampled[request.request_id])
+                request.usage.num_output_tokens += 1
+            self.manager.publish(request)
+            self.manager.trim(request)
+
+    def finish(self, request: Request, reason: FinishReason) -> None:
+        """Take an unfinished request out and give back its blocks."""
+        if request.status is RequestStatus.RUNNING:
+            self.running.remove(request)
+            self.manager.free(request)
+        else:
+            self.waiting.remove(request)
+        request.status = RequestStatus.FINISHED
+        request.finish_reason = reason
+
+    def abort(self, request_id: str) -> Request | None:
+        """Finish a request that is no longer wanted; None if there is no such request."""
+        for request in chain(self.running, self.waiting):
+            if request.request_id == request_id:
+                self.finish(request, FinishReason.ABORT)
+                return request
+        return None
+
+    def has_unfinished(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    def length_limit(self, request: Request) -> int:
+        """Tokens, prompt and output, at which a request must end."""
+        if request.params.max_tokens is None:
+            return self.max_model_len
+        return min(request.num_prompt_tokens + request.params.max_tokens, self.max_model_len)
+
+    def _scheduled(self, request: Request, num_new_tokens: int) -> ScheduledRequest:
+        usage = request.usage
+        usage.kv_bytes = max(usage.kv_bytes, self.manager.kv_bytes(request))
+        samples = request.num_computed_tokens + num_new_tokens == request.num_tokens
+        return ScheduledRequest(request, num_new_tokens, samples)
+
+    def _admit(self, request: Request) -> None:
+        request.status = RequestStatus.RUNNING
+        self.running.append(request)
+        # What a request finds in the cache after a preemption is mostly its own, and what it
+        # does not find is the engine's doing: neither changes what the first admission saved.
+        if request.usage.num_preemptions == 0:
+            request.usage.num_cached_tokens = request.num_computed_tokens
+            request.usage.queue_s = time.monotonic() - request.arrival_time
+
+    def _preempt_last(self) -> Request:
+        """Put the last running request back at the head of the queue, without its blocks."""
+        request = self.running.pop()
+        self.manager.free(request)
+        request.num_computed_tokens = 0
+        request.status = RequestStatus.WAITING
+        request.usage.num_preemptions += 1
+        self.waiting.appendleft(request)
+        return request

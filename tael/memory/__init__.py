@@ -1,0 +1,1 @@
+"""The bytes: how many there are and who holds them."""

@@ -1,0 +1,1 @@
+"""Model families: each turns a configuration into a ``ModelSpec``."""

@@ -1,0 +1,193 @@
+"""A model as data: what every backend, the allocator and the planner read.
+
+A family (``tael.models.families``) turns a Hugging Face ``config.json`` or GGUF metadata into
+a ``ModelSpec``. Nothing below holds weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+KV_ELEMENT_BYTES = 2  # bf16
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary position embedding over the first ``2 * len(inv_freq)`` channels of a head.
+
+    Channel i is paired with channel i + len(inv_freq) (Hugging Face's "rotate half"). The angle
+    of pair i at position p is ``p * inv_freq[i]``; cos and sin are multiplied by
+    ``attention_factor`` (YaRN, arXiv:2309.00071, section 3.4).
+    """
+
+    inv_freq: tuple[float, ...]
+    attention_factor: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSpec:
+    """What one layer keeps per sequence."""
+
+    bytes_per_token: int
+    window: int | None
+    """A query sees itself and the ``window - 1`` positions before it; None: all of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Multi-head attention with grouped queries, full or over a sliding window."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope: Rope
+    scale: float
+    """Scores are ``scale * q . k``."""
+    window: int | None = None
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: bool = False
+    """RMSNorm over each head of q and k, before the rotary embedding."""
+
+    @property
+    def cache_spec(self) -> CacheSpec:
+        bytes_per_token = 2 * self.num_kv_heads * self.head_dim * KV_ELEMENT_BYTES
+        return CacheSpec(bytes_per_token, self.window)
+
+    def parameters(self, hidden_size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        yield "q_proj.weight", (q, hidden_size)
+        yield "k_proj.weight", (kv, hidden_size)
+        yield "v_proj.weight", (kv, hidden_size)
+        yield "o_proj.weight", (hidden_size, q)
+        if self.qkv_bias:
+            yield "q_proj.bias", (q,)
+            yield "k_proj.bias", (kv,)
+            yield "v_proj.bias", (kv,)
+        if self.output_bias:
+            yield "o_proj.bias", (hidden_size,)
+        if self.qk_norm:
+            yield "q_norm.weight", (self.head_dim,)
+            yield "k_norm.weight", (self.head_dim,)
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """Gated feed-forward: ``down(activation(gate(x)) * up(x))``."""
+
+    intermediate_size: int
+    activation: str
+    """"silu" or "gelu_tanh"."""
+
+    def parameters(self, hidden_size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        yield "gate_proj.weight", (self.intermediate_size, hidden_size)
+        yield "up_proj.weight", (self.intermediate_size, hidden_size)
+        yield "down_proj.weight", (hidden_size, self.intermediate_size)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """``x += post(mixer(norm(x)))``, then ``x += post(ffn(norm(x)))``.
+
+    ``post_norms`` says whether the two outer norms ("post") exist (Gemma 2 and 3).
+    """
+
+    mixer: Attention
+    ffn: Dense
+    post_norms: bool = False
+
+    def parameters(self, hidden_size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        yield "mixer_norm.weight", (hidden_size,)
+        yield from self.mixer.parameters(hidden_size)
+        yield "ffn_norm.weight", (hidden_size,)
+        yield from self.ffn.parameters(hidden_size)
+        if self.post_norms:
+            yield "mixer_post_norm.weight", (hidden_size,)
+            yield "ffn_post_norm.weight", (hidden_size,)
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterSource:
+    """Where a parameter lies in a checkpoint, and how it is stored differently there."""
+
+    name: str
+    interleaved_heads: int = 0
+    """Rows of each of this many heads are stored with rotary pairs adjacent (GGUF's "llama"
+    architecture) and are put into rotate-half order on reading. 0: they already are."""
+    offset: float = 0.0
+    """Added on reading (Hugging Face's Gemma stores norm weights minus one)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """Everything about a model but its weights."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    layers: tuple[LayerSpec, ...]
+    norm_eps: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    embedding_scale: float = 1.0
+    sources: tuple[tuple[str, ParameterSource], ...] = ()
+    """(parameter name, source), in the order of ``parameters()``."""
+
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every parameter: ``embed_tokens.weight``,
+        ``layers.0.q_proj.weight``, ..., ``norm.weight`` and, unless tied, ``lm_head.weight``."""
+        shapes: dict[str, tuple[int, ...]] = {
+            "embed_tokens.weight": (self.vocab_size, self.hidden_size)
+        }
+        for i, layer in enumerate(self.layers):
+            for name, shape in layer.parameters(self.hidden_size):
+                shapes[f"layers.{i}.{name}"] = shape
+        shapes["norm.weight"] = (self.hidden_size,)
+        if not self.tie_word_embeddings:
+            shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
+        return shapes
+
+
+@dataclass(frozen=True, slots=True)
+class CacheGroup:
+    """Layers that see the same positions: they share a pool of blocks and a block table.
+
+    A block holds ``block_size`` tokens of every layer of the group.
+    """
+
+    layers: tuple[int, ...]
+    window: int | None
+    block_bytes: int
+
+    def first_block(self, position: int, block_size: int) -> int:
+        """The first entry of a block table that a query at ``position`` looks at."""
+        if self.window is None:
+            return 0
+        return max(0, position - self.window + 1) // block_size
+
+    def num_blocks(self, num_tokens: int, num_new_tokens: int, block_size: int) -> int:
+        """Blocks that a request holds at most on its way to ``num_tokens``, computed at most
+        ``num_new_tokens`` a step."""
+        end = -(-num_tokens // block_size)
+        if self.window is None:
+            return end
+        # The queries of a step see num_new_tokens + window - 1 consecutive positions.
+        return min(end, (num_new_tokens + self.window + block_size - 3) // block_size + 1)
+
+
+def cache_groups(spec: ModelSpec, block_size: int) -> tuple[CacheGroup, ...]:
+    """The layer groups of a model, full attention first, then windows from wide to narrow."""
+    by_window: dict[int | None, list[int]] = {}
+    for i, layer in enumerate(spec.layers):
+        by_window.setdefault(layer.mixer.cache_spec.window, []).append(i)
+    windows = sorted(by_window, key=lambda w: -1 if w is None else 1 / w)
+    return tuple(
+        CacheGroup(
+            layers=tuple(by_window[window]),
+            window=window,
+            block_bytes=block_size
+            * sum(spec.layers[i].mixer.cache_spec.bytes_per_token for i in by_window[window]),
+        )
+        for window in windows
+    )

@@ -1,0 +1,331 @@
+"""Random lives of many requests, checked against a simulated KV store; no model is needed.
+
+The store remembers, for every slot of every block, which token at the end of which prefix was
+last written there. Before a step, every position that its queries look at and that is said to
+be computed must hold the KV of the request's own prefix; after the step, the new ones too. That
+catches blocks shared wrongly, published before they were complete, released while a query
+still needed them, or evicted in use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from tael.cache import manager
+from tael.cache.block_pool import BlockPool
+from tael.cache.manager import CacheManager
+from tael.config import SchedulerConfig
+from tael.engine.scheduler import Schedule, Scheduler
+from tael.models.spec import CacheGroup
+from tael.request import FinishReason, Request, RequestStatus, SamplingParams
+
+EOS, ALPHABET = 0, range(1, 3)  # two tokens: different requests often share prefixes
+MAX_MODEL_LEN = 40
+
+windows = st.sampled_from([(None,), (None, 6), (None, 3), (None, 11, 1), (5,), (9, 4)])
+token_lists = st.lists(st.sampled_from(ALPHABET), max_size=24)
+limits = st.none() | st.integers(1, 40)
+
+
+class Prefixes:
+    """Gives every distinct (salt, token sequence) one number."""
+
+    def __init__(self) -> None:
+        self._children: dict[tuple[int | str, int], int] = {}
+
+    def numbers(self, salt: str, token_ids: list[int]) -> list[int]:
+        """The number of the prefix that ends with each token."""
+        node: int | str = salt
+        numbers = []
+        for token in token_ids:
+            node = self._children.setdefault((node, token), len(self._children))
+            numbers.append(node)
+        return numbers
+
+
+class CacheMachine(RuleBasedStateMachine):
+    @initialize(
+        windows=windows,
+        block_size=st.sampled_from([1, 2, 4]),
+        max_num_seqs=st.integers(1, 4),
+        extra_chunk=st.integers(0, 12),
+        extra_blocks=st.integers(0, 20),
+    )
+    def start(
+        self,
+        windows: tuple[int | None, ...],
+        block_size: int,
+        max_num_seqs: int,
+        extra_chunk: int,
+        extra_blocks: int,
+    ) -> None:
+        self.groups = tuple(
+            CacheGroup(layers=(i,), window=window, block_bytes=100 + i)
+            for i, window in enumerate(windows)
+        )
+        self.block_size = block_size
+        self.max_num_seqs = max_num_seqs
+        self.chunk = max_num_seqs + extra_chunk
+        # Tight: one request of the full context fits, and little more.
+        num_blocks = tuple(
+            group.num_blocks(MAX_MODEL_LEN, self.chunk, block_size) + extra_blocks
+            for group in self.groups
+        )
+        self.manager = CacheManager(self.groups, num_blocks, block_size, b"model")
+        config = SchedulerConfig(max_num_seqs, self.chunk)
+        self.scheduler = Scheduler(config, self.manager, MAX_MODEL_LEN)
+        self.store: list[list[list[int | None]]] = [
+            [[None] * block_size for _ in range(n)] for n in num_blocks
+        ]
+        self.prefixes = Prefixes()
+        self.requests: list[Request] = []
+
+    # What callers do.
+
+    @rule(prompt=token_lists, max_tokens=limits, salt=st.sampled_from(["", "", "s"]))
+    def add(self, prompt: list[int], max_tokens: int | None, salt: str) -> None:
+        self._add([1, *prompt], max_tokens, salt)
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data(), extra=token_lists, max_tokens=limits)
+    def fork(self, data: st.DataObject, extra: list[int], max_tokens: int | None) -> None:
+        """Continue any request, running or not, from somewhere in its tokens."""
+        parent = data.draw(st.sampled_from(self.requests))
+        cut = data.draw(st.integers(1, parent.num_tokens))
+        prompt = (parent.token_ids[:cut] + extra)[: MAX_MODEL_LEN - 1]
+        self._add(prompt, max_tokens, parent.cache_salt)
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        request = data.draw(st.sampled_from(self.requests))
+        was_finished = request.is_finished
+        aborted = self.scheduler.abort(request.request_id)
+        assert aborted is (None if was_finished else request)
+
+    @precondition(lambda self: self.scheduler.has_unfinished())
+    @rule(data=st.data())
+    def step(self, data: st.DataObject) -> None:
+        """A step of any budget; sometimes a request is aborted while it computes."""
+        budget = data.draw(st.integers(self.max_num_seqs, self.chunk))
+        schedule = self._schedule(budget)
+        aborted = data.draw(st.none() | st.sampled_from(schedule.scheduled))
+        if aborted is not None and data.draw(st.booleans()):
+            self.scheduler.abort(aborted.request.request_id)
+        self._update(schedule)
+
+    @rule(num_steps=st.integers(1, 6))
+    def steps(self, num_steps: int) -> None:
+        for _ in range(num_steps):
+            if self.scheduler.has_unfinished():
+                self._update(self._schedule(self.chunk))
+
+    def run_to_completion(self) -> None:
+        # Each step computes a token or more, and a preemption repeats at most a whole context.
+        for _ in range(100 * (1 + len(self.requests))):
+            if not self.scheduler.has_unfinished():
+                break
+            self._update(self._schedule(self.chunk))
+        assert not self.scheduler.has_unfinished(), "no progress"
+        assert self.manager.num_referenced == 0
+        assert self.manager.num_free + self.manager.num_cached == sum(map(len, self.store))
+
+    def teardown(self) -> None:
+        if hasattr(self, "scheduler"):
+            self.run_to_completion()
+            self.bookkeeping_is_sound()
+
+    # What must hold.
+
+    @invariant()
+    def bookkeeping_is_sound(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        self.manager.check()
+        for request in self.requests:
+            assert (request in self.scheduler.running) == (request.status is RequestStatus.RUNNING)
+            assert (request in self.scheduler.waiting) == (request.status is RequestStatus.WAITING)
+        assert all(request.num_computed_tokens == 0 for request in self.scheduler.waiting)
+        for request in self.scheduler.running:
+            kv_bytes = 0
+            for group, table in zip(self.groups, self.manager.block_tables(request), strict=True):
+                first = group.first_block(request.num_computed_tokens, self.block_size)
+                held = [i for i, block in enumerate(table) if block >= 0]
+                assert held == list(range(first, len(table))), "not what the next query needs"
+                kv_bytes += len(held) * group.block_bytes
+            assert self.manager.kv_bytes(request) == kv_bytes <= request.usage.kv_bytes
+
+    def _add(self, prompt: list[int], max_tokens: int | None, salt: str) -> None:
+        request = Request(
+            str(len(self.requests)), prompt, SamplingParams(max_tokens=max_tokens), cache_salt=salt
+        )
+        self.requests.append(request)
+        self.scheduler.add(request)
+
+    def _schedule(self, budget: int) -> Schedule:
+        running_before = list(self.scheduler.running)
+        full_config = self.scheduler.config
+        self.scheduler.config = SchedulerConfig(self.max_num_seqs, budget)
+        schedule = self.scheduler.schedule()
+        self.scheduler.config = full_config
+
+        assert schedule.scheduled, "an empty step while requests are unfinished"
+        assert [entry.request for entry in schedule.scheduled] == self.scheduler.running
+        assert len(self.scheduler.running) <= self.max_num_seqs
+        assert sum(entry.num_scheduled_tokens for entry in schedule.scheduled) <= budget
+        assert all(entry.num_scheduled_tokens >= 1 for entry in schedule.scheduled)
+        assert all(entry.samples for entry in schedule.scheduled[:-1]), "a decode was starved"
+        for entry in schedule.scheduled:
+            end = entry.request.num_computed_tokens + entry.num_scheduled_tokens
+            for group, table in zip(
+                self.groups, self.manager.block_tables(entry.request), strict=True
+            ):
+                held = sum(block >= 0 for block in table)
+                assert held <= group.num_blocks(end, entry.num_scheduled_tokens, self.block_size)
+        if schedule.preempted:
+            kept = len(running_before) - len(schedule.preempted)
+            assert running_before == self.scheduler.running + schedule.preempted[::-1]
+            assert len(schedule.scheduled) == kept, "a step that preempted admitted"
+        return schedule
+
+    def _update(self, schedule: Schedule) -> None:
+        """Compute, sample and finish, as an engine would."""
+        live = [entry for entry in schedule.scheduled if not entry.request.is_finished]
+        for entry in live:
+            self._check_visible(entry.request, 0)
+        for entry in live:
+            self._write(entry.request, entry.num_scheduled_tokens)
+        for entry in live:
+            self._check_visible(entry.request, entry.num_scheduled_tokens)
+        sampled = {
+            entry.request.request_id: self._model(entry.request) for entry in live if entry.samples
+        }
+        self.scheduler.update(schedule, sampled)
+        for request in (entry.request for entry in live):
+            if request.token_ids[-1] == EOS:
+                self.scheduler.finish(request, FinishReason.STOP)
+            elif request.num_tokens == self.scheduler.length_limit(request):
+                self.scheduler.finish(request, FinishReason.LENGTH)
+        self._check_published()
+
+    def _model(self, request: Request) -> int:
+        """The next token is a function of the prefix, and rarely the end."""
+        number = self.prefixes.numbers(request.cache_salt, request.token_ids)[-1]
+        return EOS if number % 23 == 0 else ALPHABET[number % len(ALPHABET)]
+
+    def _write(self, request: Request, num_new_tokens: int) -> None:
+        numbers = self.prefixes.numbers(request.cache_salt, request.token_ids)
+        start = request.num_computed_tokens
+        for pool, table in zip(self.store, self.manager.block_tables(request), strict=True):
+            for position in range(start, start + num_new_tokens):
+                block = table[position // self.block_size]
+                pool[block][position % self.block_size] = numbers[position]
+
+    def _check_visible(self, request: Request, num_written: int) -> None:
+        """What the queries from ``num_computed_tokens`` on see of the positions before
+        ``num_computed_tokens + num_written`` is the KV of the request's own prefix."""
+        numbers = self.prefixes.numbers(request.cache_salt, request.token_ids)
+        start = request.num_computed_tokens
+        for group, pool, table in zip(
+            self.groups, self.store, self.manager.block_tables(request), strict=True
+        ):
+            first = 0 if group.window is None else max(0, start - group.window + 1)
+            for position in range(first, start + num_written):
+                block = table[position // self.block_size]
+                assert block >= 0, f"position {position} was released too early"
+                slot = pool[block][position % self.block_size]
+                assert slot == numbers[position], f"wrong KV at position {position}"
+
+    def _check_published(self) -> None:
+        """Whoever finds a block finds it complete."""
+        for request in self.requests:
+            numbers = self.prefixes.numbers(request.cache_salt, request.token_ids)
+            for i, block_hash in enumerate(request.block_hashes):
+                expected = numbers[i * self.block_size : (i + 1) * self.block_size]
+                for manager_pool, pool in zip(self.manager.pools, self.store, strict=True):
+                    block = manager_pool.lookup(block_hash)
+                    assert block is None or pool[block] == expected, "published too early"
+
+
+SETTINGS = settings(
+    max_examples=150,
+    stateful_step_count=30,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+TestCacheMachine = CacheMachine.TestCase
+TestCacheMachine.settings = SETTINGS
+
+
+# The machine must be able to fail: each of these is a mistake that real engines have made.
+
+
+def publish_when_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocate = CacheManager.allocate
+
+    def broken(self: CacheManager, request: Request, num_new_tokens: int) -> bool:
+        allocated = allocate(self, request, num_new_tokens)
+        if allocated:
+            request.num_computed_tokens += num_new_tokens
+            self.publish(request)
+            request.num_computed_tokens -= num_new_tokens
+        return allocated
+
+    monkeypatch.setattr(CacheManager, "allocate", broken)
+
+
+def release_one_position_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    trim = CacheManager.trim
+
+    def broken(self: CacheManager, request: Request) -> None:
+        request.num_computed_tokens += 1
+        trim(self, request)
+        request.num_computed_tokens -= 1
+
+    monkeypatch.setattr(CacheManager, "trim", broken)
+
+
+def forget_to_touch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: BlockPool, block: int) -> None:
+        self._ref_counts[block] += 1  # and leave it where eviction finds it
+
+    monkeypatch.setattr(BlockPool, "ref", broken)
+
+
+def hash_without_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(parent: bytes, token_ids: list[int]) -> bytes:
+        return bytes(token_ids)
+
+    monkeypatch.setattr(manager, "block_hash", broken)
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        publish_when_allocated,
+        release_one_position_early,
+        forget_to_touch,
+        hash_without_parent,
+    ],
+)
+def test_the_machine_catches(
+    plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch)
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(
+            CacheMachine, settings=settings(SETTINGS, phases=[Phase.generate])
+        )
