@@ -62,6 +62,12 @@ class Activations {
     kernels.quantize(row(token), columns_, quantized_.data() + token * columns_,
                      scales_.data() + token * (columns_ / 32), sums_.data() + token * (columns_ / 16));
   }
+  // rest = row(token) minus what its int8 form stands for.
+  void subtract_quantized(int64_t token, float* rest) const {
+    const QuantizedRows all = quantized();
+    for (int64_t c = 0; c < columns_; ++c)
+      rest[c] = row(token)[c] - all.scales(token)[c / 32] * float(all.values(token)[c]);
+  }
   FloatRows floats() const { return {values_.data(), columns_}; }
   QuantizedRows quantized() const { return {quantized_.data(), scales_.data(), sums_.data(), columns_}; }
   int64_t bytes() const { return values_.bytes() + quantized_.bytes() + scales_.bytes() + sums_.bytes(); }

@@ -35,7 +35,7 @@ class Model {
   // Throws std::out_of_range for a batch beyond the limits, the vocabulary or the block pools.
   const float* forward(Batch batch);
 
-  int64_t logits_stride() const { return lm_head_.padded_rows(); }
+  int64_t logits_stride() const { return lm_head_.padded_rows() * terms_per_logit(); }
   const ModelConfig& config() const { return config_; }
   int num_cache_groups() const { return int(pool_blocks_.size()); }
   int64_t workspace_bytes() const;
@@ -59,6 +59,8 @@ class Model {
     std::vector<int32_t> token_seq;
   };
 
+  // Int8 rows that stand for one row of the head's input.
+  int terms_per_logit() const { return is_float(lm_head_.format) ? 1 : 2; }
   void check(const Batch& batch) const;
   void step(const Step& step);
   void embed(const Step& step);

@@ -36,9 +36,9 @@ class Backend(Protocol):
     def weights_bytes(self) -> int:
         """Memory that the weights take, mapped files included."""
 
-    def workspace_bytes(self, scheduler: SchedulerConfig, max_model_len: int) -> int:
-        """Memory that ``forward`` takes at most, for steps within these bounds that ask for
-        logits of one token per sequence. The logits count."""
+    def reserve(self, scheduler: SchedulerConfig, max_model_len: int) -> int:
+        """Allocate what ``forward`` needs for steps within these bounds that ask for logits of
+        one token per sequence. Returns the bytes, logits included. Called once, at start."""
 
     def bind_kv(self, pools: list[NDArray[np.uint8]]) -> None:
         """Hand over the block pools, one per cache group: uint8 [num_blocks, block_bytes],

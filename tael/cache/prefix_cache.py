@@ -27,8 +27,8 @@ def longest_prefix(
             end = _first_gap(pool, hashes, 0, end)
         else:
             windows.append((group, pool))
-    # A gap in what the query at the end sees rules out every end behind the gap: from there,
-    # queries see no further back. So each gap is the next candidate, until none is left.
+    # Every end between a gap and the end that met it looks at the gap too, since it sees even
+    # further back. So the gap is the next candidate, until no window has one.
     settled = False
     while not settled:
         candidate = end

@@ -10,6 +10,7 @@ import importlib
 
 import click
 
+from tael import __version__
 from tael.errors import TaelError
 
 COMMANDS = ("run", "chat", "pull", "rm", "inspect")
@@ -43,18 +44,7 @@ class _Commands(click.Group):
             ctx.exit(130)
 
 
-def _print_version(ctx: click.Context, parameter: click.Parameter, wanted: bool) -> None:
-    if wanted:
-        from importlib.metadata import version
-
-        click.echo(f"tael {version('tael')}")
-        ctx.exit()
-
-
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option(
-    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version,
-    help="Print the version and exit.",
-)
+@click.version_option(__version__, message="tael %(version)s")
 def main() -> None:
     """Run large language models with long contexts on the machine you have."""

@@ -2,24 +2,274 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 from tael.backends.base import Backend
 from tael.cache.manager import CacheManager
 from tael.config import BLOCK_SIZE, EngineConfig
 from tael.engine.output import OutputProcessor
-from tael.engine.runner import StepResult, run_step
-from tael.engine.sampler import Sampler
-from tael.engine.scheduler import ScheduledRequest, Scheduler
+from tael.engine.runner import run_step
+from tael.engine.sampler import Logits, Sampler
+from tael.engine.scheduler import Scheduler
 from tael.errors import TaelError
 from tael.loader.tokenizer import Tokenizer
 from tael.memory.budget import available_memory_bytes, format_bytes, kv_budget, plan_pools
 from tael.memory.kv_store import KVStore
-from tael.memory.process import rss_bytes
-from tael.models.spec import ModelSpec, cache_groups
+from tael.models.spec import CacheGroup, ModelSpec, cache_groups
 from tael.request import FinishReason, Request, SamplingParams, TokenLogprobs, Usage
 
 logger = logging.getLogger(__name__)
+
+SPARE_FRACTION = 0.75
+"""Of the machine's available memory, what an engine takes unless told. Pages of files that
+other programs read count as available; a quarter leaves them some, and room to start more."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputDelta:
+    """What one step added to one completion of a request."""
+
+    request_id: str
+    index: int
+    """Which of the ``n`` completions."""
+    text: str
+    """May be empty: of half a character, say, or of what could become a stop string."""
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+    """One for each token, if asked for."""
+    finish_reason: FinishReason | None
+    error: str | None
+    """What went wrong, if the finish reason is ERROR."""
+    usage: Usage | None
+    """With the last delta of the last completion: what the whole request took."""
+
+
+class Engine:
+    """Runs one model. Not thread-safe: one thread at a time calls it.
+
+    ``baseline_bytes`` is what the process held before the backend took the weights; it counts
+    against the memory budget as they do. Raises TaelError if the budget is too small.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        backend: Backend,
+        tokenizer: Tokenizer,
+        config: EngineConfig,
+        *,
+        baseline_bytes: int,
+    ) -> None:
+        self.spec = spec
+        self.backend = backend
+        self.tokenizer = tokenizer
+        self.memory_bytes = config.memory_bytes or baseline_bytes + int(
+            SPARE_FRACTION * available_memory_bytes()
+        )
+        groups = cache_groups(spec, BLOCK_SIZE)
+        longest = spec.max_position_embeddings
+        if config.max_model_len is not None:
+            longest = min(longest, config.max_model_len)
+        workspace_bytes = backend.reserve(config.scheduler, longest)
+        kv_bytes = kv_budget(
+            self.memory_bytes, backend.weights_bytes, workspace_bytes, baseline_bytes
+        )
+        plan = plan_pools(groups, kv_bytes, BLOCK_SIZE, longest, config.scheduler)
+        self.max_model_len = plan.max_model_len
+        self.kv_store = KVStore(groups, plan.num_blocks)
+        backend.bind_kv(self.kv_store.pools)
+        # Blocks live no longer than this engine and its weights, so the spec identifies them.
+        fingerprint = hashlib.sha256(repr(spec).encode()).digest()
+        self.manager = CacheManager(groups, plan.num_blocks, BLOCK_SIZE, fingerprint)
+        self.scheduler = Scheduler(config.scheduler, self.manager, self.max_model_len)
+        self._unfinished: dict[str, list[_Completion]] = {}
+        """By the caller's request id."""
+        self._forks: dict[str, list[_Completion]] = {}
+        """Those of them that wait for the prompt of the first."""
+        self._completions: dict[str, _Completion] = {}
+        """By the scheduler's request id."""
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        cache_salt: str = "",
+    ) -> None:
+        """Queue a request. Raises TaelError if it cannot be run, ValueError if the id is in use.
+
+        Of ``n`` completions the first computes the prompt. The others are queued when it has,
+        and find the prompt in the prefix cache.
+        """
+        if request_id in self._unfinished:
+            raise ValueError(f"request {request_id!r} is not finished")
+        self._check_token_ids("the prompt", prompt_token_ids)
+        self._check_token_ids("logit_bias", params.logit_bias)
+        completions = []
+        for index in range(params.n):
+            request = Request(
+                f"{request_id}/{index}",
+                prompt_token_ids,
+                params,
+                eos_token_ids=self.tokenizer.eos_token_ids,
+                cache_salt=cache_salt,
+            )
+            output = OutputProcessor(request, self.scheduler.length_limit(request), self.tokenizer)
+            sampler = Sampler(request, index)
+            completions.append(_Completion(request_id, index, request, sampler, output))
+        self.scheduler.add(completions[0].request)
+        self._unfinished[request_id] = completions
+        self._forks[request_id] = completions[1:]
+        self._completions.update((c.request.request_id, c) for c in completions)
+
+    def step(self) -> list[OutputDelta]:
+        """Compute one step of the unfinished requests.
+
+        An exception in the sampling or the text of one request ends that request with the reason
+        ERROR; any other is raised.
+        """
+        schedule = self.scheduler.schedule()
+        result = run_step(schedule, self.manager, self.backend, self._sample)
+        deltas = [self._fail(self._completions[i], error) for i, error in result.errors.items()]
+        self.scheduler.update(schedule, result.token_ids)
+        now = time.monotonic()
+        for i, token_id in result.token_ids.items():
+            deltas.append(self._extend(self._completions[i], token_id, result.logprobs[i], now))
+        self._queue_forks()
+        return deltas
+
+    def abort(self, request_id: str) -> Usage | None:
+        """End a request that is no longer wanted. Returns what it took; None if it is not here,
+        having finished already perhaps."""
+        if request_id not in self._unfinished:
+            return None
+        forks = self._forks[request_id]
+        for completion in self._unfinished[request_id]:
+            if not completion.request.is_finished and completion not in forks:
+                self.scheduler.finish(completion.request, FinishReason.ABORT)
+        return self._forget(request_id)
+
+    def has_unfinished(self) -> bool:
+        return bool(self._unfinished)
+
+    def describe(self) -> str:
+        """One line: the longest context, what a token of it costs, and where the bytes go."""
+        costs = ", ".join(_token_cost(group) for group in self.manager.groups)
+        return (
+            f"context {self.max_model_len:,} tokens ({costs}), "
+            f"KV {format_bytes(self.kv_store.num_bytes)}, "
+            f"weights {format_bytes(self.backend.weights_bytes)}, "
+            f"budget {format_bytes(self.memory_bytes)}"
+        )
+
+    def _check_token_ids(self, where: str, token_ids: Collection[int]) -> None:
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self.spec.vocab_size:
+            raise TaelError(
+                f"{where} has a token id that the model does not know; ids go from 0 to "
+                f"{self.spec.vocab_size - 1}."
+            )
+
+    def _sample(self, i: str, logits: Logits) -> tuple[int, TokenLogprobs | None]:
+        return self._completions[i].sampler.sample(logits)
+
+    def _extend(
+        self, completion: _Completion, token_id: int, logprobs: TokenLogprobs | None, now: float
+    ) -> OutputDelta:
+        """The delta of a completion that has got its next token."""
+        request, usage = completion.request, completion.request.usage
+        if usage.num_output_tokens == 1:
+            usage.time_to_first_token_s = now - request.arrival_time
+        usage.decode_s = now - request.arrival_time - usage.time_to_first_token_s
+        try:
+            text, reason = completion.output.append(token_id)
+        except Exception as error:
+            return self._fail(completion, error)
+        if reason is not None:
+            self.scheduler.finish(request, reason)
+        return OutputDelta(
+            request_id=completion.request_id,
+            index=completion.index,
+            text=text,
+            token_ids=(token_id,),
+            logprobs=() if logprobs is None else (logprobs,),
+            finish_reason=reason,
+            error=None,
+            usage=self._settle(completion),
+        )
+
+    def _fail(self, completion: _Completion, error: Exception) -> OutputDelta:
+        """End a completion, which is not finished, with an error."""
+        logger.error("request %s failed", completion.request.request_id, exc_info=error)
+        self.scheduler.finish(completion.request, FinishReason.ERROR)
+        return OutputDelta(
+            request_id=completion.request_id,
+            index=completion.index,
+            text="",
+            token_ids=(),
+            logprobs=(),
+            finish_reason=FinishReason.ERROR,
+            error=str(error),
+            usage=self._settle(completion),
+        )
+
+    def _queue_forks(self) -> None:
+        for request_id, forks in self._forks.items():
+            first = self._unfinished[request_id][0].request
+            if first.is_finished or first.num_computed_tokens >= first.num_prompt_tokens:
+                for fork in forks:
+                    self.scheduler.add(fork.request)
+                forks.clear()
+
+    def _settle(self, completion: _Completion) -> Usage | None:
+        """The usage of the whole request if ``completion`` was the last of it to finish."""
+        completions = self._unfinished[completion.request_id]
+        if all(c.request.is_finished for c in completions):
+            return self._forget(completion.request_id)
+        return None
+
+    def _forget(self, request_id: str) -> Usage:
+        del self._forks[request_id]
+        completions = self._unfinished.pop(request_id)
+        for completion in completions:
+            del self._completions[completion.request.request_id]
+        return _total([completion.request.usage for completion in completions])
+
+
+@dataclass(frozen=True, slots=True)
+class _Completion:
+    """One of the ``n`` answers to a request: a request of its own to the scheduler."""
+
+    request_id: str
+    index: int
+    request: Request
+    sampler: Sampler
+    output: OutputProcessor
+
+
+def _total(usages: Sequence[Usage]) -> Usage:
+    """The usage of a request from those of its completions. A KV block that several of them
+    referenced counts for each."""
+    first = usages[0]
+    if len(usages) == 1:
+        return first
+    end_s = max(usage.time_to_first_token_s + usage.decode_s for usage in usages)
+    return Usage(
+        num_prompt_tokens=first.num_prompt_tokens,
+        num_cached_tokens=first.num_cached_tokens,
+        num_output_tokens=sum(usage.num_output_tokens for usage in usages),
+        num_preemptions=sum(usage.num_preemptions for usage in usages),
+        kv_bytes=sum(usage.kv_bytes for usage in usages),
+        queue_s=first.queue_s,
+        time_to_first_token_s=first.time_to_first_token_s,
+        decode_s=end_s - first.time_to_first_token_s,
+    )
+
+
+def _token_cost(group: CacheGroup) -> str:
+    cost = f"{group.block_bytes // BLOCK_SIZE:,} bytes a token"
+    return cost if group.window is None else f"{cost} of the last {group.window:,}"

@@ -29,7 +29,7 @@ class OutputProcessor:
         """What the request's newest token adds to the text, and why it was the last, if it was."""
         if token_id in self._stop_token_ids:
             return self._rest(), FinishReason.STOP
-        text, stopped = self._stop_strings.push(self._detokenizer.push(token_id))
+        text, stopped = self._stop_strings.push(self._detokenizer.step(token_id))
         if stopped:
             return text, FinishReason.STOP
         if self._request.num_tokens < self._length_limit:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tael.backends.base import Backend
 from tael.cache.manager import CacheManager
 from tael.engine.batch import build_batch
-from tael.engine.sampler import Sampler
+from tael.engine.sampler import Logits
 from tael.engine.scheduler import Schedule
 from tael.request import TokenLogprobs
 
@@ -24,16 +24,20 @@ class StepResult:
 
 
 def run_step(
-    schedule: Schedule, manager: CacheManager, backend: Backend, samplers: Mapping[str, Sampler]
+    schedule: Schedule,
+    manager: CacheManager,
+    backend: Backend,
+    sample: Callable[[str, Logits], tuple[int, TokenLogprobs | None]],
 ) -> StepResult:
-    """Compute a schedule and sample. An exception while one request samples is that request's
-    alone; one from the backend concerns all and is raised."""
+    """Compute a schedule and call ``sample(request_id, logits)`` for each request that samples.
+    An exception of ``sample`` is that request's alone; one of the backend concerns all and is
+    raised."""
     logits = backend.forward(build_batch(schedule.scheduled, manager))
     sampling = (entry.request.request_id for entry in schedule.scheduled if entry.samples)
     result = StepResult()
     for row, request_id in zip(logits, sampling, strict=True):
         try:
-            token_id, logprobs = samplers[request_id].sample(row)
+            token_id, logprobs = sample(request_id, row)
         except Exception as error:
             result.errors[request_id] = error
         else:

@@ -2,7 +2,7 @@
 
 The layout is that of ggml's docs/gguf.md. The file is not trusted: every count is compared
 with a cap and with the bytes that are left before anything is made from it, so what the reader
-holds stays within a small multiple of the header it was given.
+holds stays within about eight times the header it was given.
 """
 
 from __future__ import annotations

@@ -6,6 +6,9 @@ and patterns follow llama.cpp (``src/llama-vocab.cpp``), in the original form of
 the tokenizer classes of transformers.
 """
 
+# Tokens and patterns contain letters that look like others.
+# ruff: noqa: RUF001
+
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -99,9 +102,7 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     "gpt-4o": _O200K,
     "llama4": _O200K,
     "tekken": PreTokenizer(
-        (
-            rf"{_CASED[0]}|{_CASED[1]}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}",
-        ),
+        (rf"{_CASED[0]}|{_CASED[1]}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}",),
         ignore_merges=True,
         add_bos=True,
     ),

@@ -136,5 +136,5 @@ def _prepared_from(source: Path) -> list[Path]:
     return [
         record.parent
         for record in prepared_dir().glob("*/source.json")
-        if Path(json.loads(record.read_text("utf-8"))["source"]).resolve() == source.resolve()
+        if Path(json.loads(record.read_text("utf-8"))["path"]).resolve() == source.resolve()
     ]

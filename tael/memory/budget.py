@@ -62,7 +62,8 @@ def _linux_available_bytes(root: Path) -> int:
 def _cgroup_headrooms(root: Path) -> Iterator[int]:
     """What the control group of this process and each one above it leave, version 1 and 2.
     A container may see only its own part of the hierarchy, so folders may be missing."""
-    for line in (root / "proc/self/cgroup").read_text().splitlines():
+    membership = root / "proc/self/cgroup"
+    for line in membership.read_text().splitlines() if membership.exists() else ():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
             mount, limit_name, usage_name = "sys/fs/cgroup", "memory.max", "memory.current"

@@ -40,7 +40,7 @@ HF_PREFIXES = {
     "model.language_model.": "",
 }
 """What precedes the decoder's names, and then ``lm_head``: in a causal model, in a bare decoder,
-and in the text part of a multimodal model (as published, as transformers 5 names it)."""
+and in the text part of a multimodal model (as published, and by transformers' module names)."""
 
 
 def with_sources(

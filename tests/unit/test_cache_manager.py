@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from tael.cache import manager as manager_module
+from tael.cache.block_pool import BlockPool
 from tael.cache.manager import CacheManager
+from tael.cache.prefix_cache import longest_prefix
 from tael.models.spec import CacheGroup
 from tael.request import Request, SamplingParams
 
@@ -138,6 +143,33 @@ def test_a_hit_needs_only_the_window_in_a_window_group() -> None:
     assert run(manager, make_request(list(range(20)))) == 0
 
 
+@settings(max_examples=100, derandomize=True, deadline=None)
+@given(
+    windows=st.lists(st.none() | st.integers(1, 20), min_size=1, max_size=3),
+    present=st.lists(st.tuples(*[st.integers(0, 4)] * 3), max_size=10),
+)
+def test_the_longest_prefix_is_found(
+    windows: list[int | None], present: list[tuple[int, int, int]]
+) -> None:
+    groups = [CacheGroup(layers=(), window=window, block_bytes=1) for window in windows]
+    pools = [BlockPool(len(present) + 1) for _ in groups]
+    hashes = [bytes([i]) for i in range(len(present))]
+    for i, pool in enumerate(pools):
+        for j, block_hash in enumerate(hashes):
+            if present[j][i] > 0:
+                pool.publish(pool.take(), block_hash)
+
+    def can_go_on(end: int) -> bool:
+        return all(
+            pool.lookup(hashes[j]) is not None
+            for group, pool in zip(groups, pools, strict=True)
+            for j in range(group.first_block(end * BLOCK, BLOCK), end)
+        )
+
+    expected = max(end for end in range(len(hashes) + 1) if can_go_on(end))
+    assert longest_prefix(groups, pools, hashes, BLOCK) == expected
+
+
 def test_a_chain_is_evicted_from_its_end() -> None:
     manager = make_manager(FULL, num_blocks=11)
     run(manager, make_request(list(range(40))))
@@ -167,8 +199,6 @@ def test_hits_are_not_evicted_to_make_room_for_their_own_request() -> None:
 
 
 def test_hashes_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tael.cache import manager as module
-
     num_hashed = 0
 
     def counted(parent: bytes, token_ids: list[int]) -> bytes:
@@ -176,7 +206,7 @@ def test_hashes_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
         num_hashed += 1
         return parent[:28] + bytes(token_ids)
 
-    monkeypatch.setattr(module, "block_hash", counted)
+    monkeypatch.setattr(manager_module, "block_hash", counted)
     manager = make_manager(FULL)
     request = make_request(list(range(40)))
     for _ in range(2):  # the second time as after a preemption

@@ -13,9 +13,11 @@ import pytest
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from tael.backends.reference.layers import rotary
 from tael.errors import TaelError
 from tael.models.config import ModelConfig
 from tael.models.rope import context_length, rope, rope_parameters
+from tael.models.spec import Rope
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -77,6 +79,17 @@ def test_gguf_factors_divide() -> None:
     np.testing.assert_array_equal(
         np.array(ours.inv_freq, np.float32), np.float32(plain.inv_freq) / factors
     )
+
+
+def test_rotary_turns_the_first_channels() -> None:
+    x = np.random.default_rng(0).standard_normal((3, 2, 10), np.float32)
+    positions = np.array([0, 5, 100], np.int32)
+    turned = rotary(x, positions, Rope((1.0, 0.1, 0.01), attention_factor=2.0))
+    np.testing.assert_array_equal(turned[..., 6:], x[..., 6:])
+    pairs = x[..., :3] + 1j * x[..., 3:6]
+    pairs = pairs * 2 * np.exp(1j * positions[:, None, None] * np.array([1.0, 0.1, 0.01]))
+    np.testing.assert_allclose(turned[..., :3], pairs.real, atol=1e-5)
+    np.testing.assert_allclose(turned[..., 3:6], pairs.imag, atol=1e-5)
 
 
 def test_yarn_extends_the_context() -> None:

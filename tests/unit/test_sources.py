@@ -385,7 +385,7 @@ def test_remove_takes_prepared_weights_along(fake_pip: FakePip, tiny: Entry) -> 
     for key, source in (("mine", path), ("other", models_dir() / "other.gguf")):
         folder = prepared_dir() / key
         folder.mkdir(parents=True)
-        (folder / "source.json").write_text(json.dumps({"source": str(source.resolve())}))
+        (folder / "source.json").write_text(json.dumps({"path": str(source.resolve())}))
         (folder / "weights").write_bytes(bytes(1000))
     assert sources.remove("tiny:test") >= len(CONTENT) + 1000
     assert left_over() == []

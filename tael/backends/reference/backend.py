@@ -17,6 +17,7 @@ from tael.backends.reference.layers import (
     rms_norm,
     rotary,
 )
+from tael.config import SchedulerConfig
 from tael.loader.checkpoint import Checkpoint
 from tael.loader.weights import read_parameter
 from tael.models.spec import Attention, Dense, ModelSpec
@@ -36,6 +37,13 @@ class ReferenceBackend:
             name: read_parameter(checkpoint, spec, name) for name in spec.parameters()
         }
         self.kv_cache: KVCache
+
+    @property
+    def weights_bytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self.parameters.values())
+
+    def reserve(self, scheduler: SchedulerConfig, max_model_len: int) -> int:
+        return scheduler.max_num_seqs * self.spec.vocab_size * 4  # the logits
 
     def bind_kv(self, pools: list[NDArray[np.uint8]]) -> None:
         self.kv_cache = KVCache(self.spec, [len(pool) for pool in pools])

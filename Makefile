@@ -1,0 +1,33 @@
+# Every target sets itself up: virtual environment, build, model.
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+
+.PHONY: run test test-fast lint clean
+
+run: $(VENV)/.installed
+	$(BIN)/tael run "Which licence is this, and may I sell copies of what it covers?" --file LICENSE.summary --max-tokens 96 --temperature 0
+
+test: lint
+	$(BIN)/pytest
+
+test-fast: $(VENV)/.tested
+	$(BIN)/pytest tests/unit tests/kernels
+
+lint: $(VENV)/.tested
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build
+
+$(VENV)/.installed: $(SOURCES)
+	python3 -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.tested: $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@

@@ -1,0 +1,1 @@
+"""The native kernels behind the Backend protocol."""

@@ -1,0 +1,151 @@
+"""Binds a prepared model to the native executor."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tael import _native
+from tael.backends.base import ForwardBatch
+from tael.config import BLOCK_SIZE, SchedulerConfig
+from tael.errors import TaelError
+from tael.loader.prepared import PreparedModel
+from tael.models.spec import Attention, LayerSpec, Rope, cache_groups
+
+if _native.BLOCK_TOKENS != BLOCK_SIZE:
+    raise ImportError("tael._native was built for another block size; build it again.")
+
+
+class CPUBackend:
+    """A ``Backend`` of native kernels. One call computes a step on all threads."""
+
+    def __init__(self, model: PreparedModel, num_threads: int | None = None) -> None:
+        spec = model.spec
+        self._prepared = model
+        self._ropes: dict[Rope, int] = {}
+        self._native = _native.Model(
+            chosen_isa(),
+            num_threads or available_cores(),
+            hidden_size=spec.hidden_size,
+            vocab_size=spec.vocab_size,
+            norm_eps=spec.norm_eps,
+            embedding_scale=spec.embedding_scale,
+        )
+        embedding = self._matrix("embed_tokens.weight")
+        lm_head = embedding if spec.tie_word_embeddings else self._matrix("lm_head.weight")
+        self._native.set_ends(embedding, lm_head, self._vector("norm.weight"))
+        places = {
+            layer: (group, offset)
+            for group, cache_group in enumerate(cache_groups(spec, BLOCK_SIZE))
+            for layer, offset in _layer_offsets(spec.layers, cache_group.layers)
+        }
+        for i, layer in enumerate(spec.layers):
+            self._add_layer(f"layers.{i}.", layer, *places[i])
+
+    @property
+    def weights_bytes(self) -> int:
+        return self._prepared.weights_bytes
+
+    def reserve(self, scheduler: SchedulerConfig, max_model_len: int) -> int:
+        self._native.allocate(
+            max_tokens=scheduler.max_num_batched_tokens,
+            max_seqs=scheduler.max_num_seqs,
+            max_logits=scheduler.max_num_seqs,
+            max_model_len=max_model_len,
+        )
+        return int(self._native.workspace_bytes)
+
+    def bind_kv(self, pools: list[NDArray[np.uint8]]) -> None:
+        for group, pool in enumerate(pools):
+            self._native.bind_kv(group, pool)
+
+    def forward(self, batch: ForwardBatch) -> NDArray[np.float32]:
+        logits: NDArray[np.float32] = self._native.forward(
+            batch.token_ids,
+            batch.positions,
+            batch.query_start,
+            list(batch.block_tables),
+            batch.logits_indices,
+        )
+        return logits
+
+    def _add_layer(self, prefix: str, layer: LayerSpec, group: int, offset: int) -> None:
+        mixer, ffn = layer.mixer, layer.ffn
+        if mixer.head_dim % 16:
+            raise TaelError(
+                f"attention heads of {mixer.head_dim} channels are not supported by the cpu "
+                "backend, which needs a multiple of 16."
+            )
+        self._native.add_layer(
+            attention={
+                "num_heads": mixer.num_heads,
+                "num_kv_heads": mixer.num_kv_heads,
+                "head_dim": mixer.head_dim,
+                "scale": mixer.scale,
+                "window": mixer.window,
+                "rope": self._rope(mixer),
+                "cache_group": group,
+                "layer_offset": offset,
+                **{role: self._matrix(f"{prefix}{role}_proj.weight") for role in "qkvo"},
+                **{f"{role}_bias": self._vector(f"{prefix}{role}_proj.bias") for role in "qkvo"},
+                **{f"{role}_norm": self._vector(f"{prefix}{role}_norm.weight") for role in "qk"},
+            },
+            ffn={
+                "activation": ffn.activation,
+                **{
+                    role: self._matrix(f"{prefix}{role}_proj.weight")
+                    for role in ("gate", "up", "down")
+                },
+            },
+            norms={
+                role: self._vector(f"{prefix}{role}_norm.weight")
+                for role in ("mixer", "mixer_post", "ffn", "ffn_post")
+            },
+        )
+
+    def _rope(self, mixer: Attention) -> int:
+        """Index of the rotary table; layers of equal settings share one."""
+        if mixer.rope not in self._ropes:
+            self._ropes[mixer.rope] = self._native.add_rope(
+                list(mixer.rope.inv_freq), mixer.rope.attention_factor
+            )
+        return self._ropes[mixer.rope]
+
+    def _matrix(self, name: str) -> _native.Matrix:
+        tensor = self._prepared.tensors[name]
+        return _native.Matrix(tensor.format, *tensor.shape, tensor.data)
+
+    def _vector(self, name: str) -> NDArray[np.float32] | None:
+        tensor = self._prepared.tensors.get(name)
+        return tensor.data.view(np.float32) if tensor else None
+
+
+def chosen_isa() -> str:
+    """The best instruction set of this CPU, or the one that TAEL_ISA names."""
+    supported: list[str] = _native.supported_isas()
+    isa = os.environ.get("TAEL_ISA", supported[0])
+    if isa not in supported:
+        raise TaelError(
+            f"TAEL_ISA={isa} is not available here; this machine runs {', '.join(supported)}."
+        )
+    return isa
+
+
+def available_cores() -> int:
+    """Cores that this process may use, which a container may have fewer of than the machine."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _layer_offsets(
+    layers: tuple[LayerSpec, ...], members: tuple[int, ...]
+) -> list[tuple[int, int]]:
+    """(layer, bytes before it in a block) of one cache group."""
+    offsets, offset = [], 0
+    for i in members:
+        offsets.append((i, offset))
+        offset += BLOCK_SIZE * layers[i].mixer.cache_spec.bytes_per_token
+    return offsets

