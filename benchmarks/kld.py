@@ -54,7 +54,7 @@ def tael_logits(path: Path, tokens: np.ndarray) -> np.ndarray:
 
     step = 64
     model = load_prepared(path)
-    backend = CPUBackend(model)
+    backend = CPUBackend(model.spec, model.weights)
     backend.reserve(SchedulerConfig(max_num_seqs=step, max_num_batched_tokens=step), CONTEXT)
     groups = cache_groups(model.spec, BLOCK_SIZE)
     num_blocks = CONTEXT // BLOCK_SIZE

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from functools import partial
 from itertools import count
 from queue import SimpleQueue
@@ -34,8 +35,14 @@ class AsyncLLM:
         # Only the thread below touches the engine. Others send it what to do before a step.
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._closed = False
+        """Callers are refused."""
+        self._stopping = False
+        """The thread ends when nothing is left to do."""
+        self._failure: Exception | None = None
         self._thread = Thread(target=self._run, name="tael-engine", daemon=True)
         self._thread.start()
+        # A program that ends without close() must not tear down the interpreter under a step.
+        atexit.register(self._exit)
 
     async def generate(
         self,
@@ -61,14 +68,16 @@ class AsyncLLM:
     ) -> AsyncGenerator[OutputDelta, None]:
         """As ``LLM.stream``."""
         token_ids = await asyncio.to_thread(self._llm.encode, prompt)
-        async for delta in self._follow(token_ids, params or SamplingParams()):
-            yield delta
+        async with aclosing(self._follow(token_ids, params or SamplingParams())) as deltas:
+            async for delta in deltas:
+                yield delta
 
     async def close(self) -> None:
         """Finish the requests that are under way, refuse others, and release the memory."""
         self._closed = True
-        self._commands.put(lambda: None)  # wakes the thread
+        self._commands.put(self._stop)
         await asyncio.to_thread(self._thread.join)
+        atexit.unregister(self._exit)
         self._llm.close()
 
     async def __aenter__(self) -> AsyncLLM:
@@ -106,25 +115,45 @@ class AsyncLLM:
         finally:
             self._commands.put(partial(self._end, request_id))
 
+    def _exit(self) -> None:
+        self._commands.put(self._drop)
+        self._thread.join()
+
+    # What follows runs in the thread.
+
     def _run(self) -> None:
+        while not (self._stopping and self._is_idle()):
+            if self._is_idle():
+                self._commands.get()()
+            while not self._commands.empty():
+                self._commands.get()()
+            if not self._is_idle():
+                self._step()
+
+    def _is_idle(self) -> bool:
+        return self._failure is not None or not self._engine.has_unfinished()
+
+    def _step(self) -> None:
         try:
-            while self._engine.has_unfinished() or not self._closed:
-                if not self._engine.has_unfinished():
-                    self._commands.get()()
-                while not self._commands.empty():
-                    self._commands.get()()
-                if self._engine.has_unfinished():
-                    for delta in self._engine.step():
-                        self._deliver[delta.request_id](delta)
+            for delta in self._engine.step():
+                self._deliver[delta.request_id](delta)
         except Exception as error:
-            self._closed = True
+            self._failure = error
             for deliver in self._deliver.values():
-                deliver(error)
+                deliver(self._engine_failed())
+
+    def _engine_failed(self) -> Exception:
+        error = RuntimeError("the engine failed; make another AsyncLLM.")
+        error.__cause__ = self._failure
+        return error
 
     def _add(
         self, request_id: str, token_ids: list[int], params: SamplingParams, deliver: Deliver
     ) -> None:
         self._deliver[request_id] = deliver
+        if self._failure is not None:
+            deliver(self._engine_failed())
+            return
         try:
             self._engine.add_request(request_id, token_ids, params)
         except Exception as error:
@@ -133,3 +162,10 @@ class AsyncLLM:
     def _end(self, request_id: str) -> None:
         self._engine.abort(request_id)
         del self._deliver[request_id]
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    def _drop(self) -> None:
+        self._stopping = True
+        self._failure = RuntimeError("the program ends")

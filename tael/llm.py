@@ -111,7 +111,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answer one prompt or many at once. ``params`` are for all, or one for each.
 
-        Raises TaelError if any prompt cannot be run, for instance because it is too long.
+        Raises TaelError if any prompt cannot be run, for instance because it is too long. What
+        goes wrong later ends the answer concerned, with the reason ERROR.
         """
         requests: list[tuple[str, list[int]]] = []
         try:
@@ -152,7 +153,6 @@ class LLM:
     def close(self) -> None:
         """Drop what is unfinished and release the memory."""
         self._engine = None
-        self._deltas.clear()
 
     def __enter__(self) -> LLM:
         return self
@@ -178,9 +178,9 @@ class LLM:
                 self._deltas[delta.request_id].append(delta)
 
     def _end(self, request_id: str) -> None:
+        del self._deltas[request_id]
         if self._engine is not None:
             self._engine.abort(request_id)
-            del self._deltas[request_id]
 
 
 def paired(
@@ -193,8 +193,10 @@ def paired(
     if params is None or isinstance(params, SamplingParams):
         params = [params or SamplingParams()] * len(batch)
     if len(params) != len(batch):
-        raise TaelError(f"{len(batch)} prompts came with {len(params)} sets of parameters; give "
-                        "one set, or one for each prompt.")
+        raise TaelError(
+            f"{len(batch)} prompts came with {len(params)} sets of parameters; give "
+            "one set, or one for each prompt."
+        )
     return list(zip(batch, params, strict=True))
 
 
@@ -229,7 +231,8 @@ def _load(
     if config.backend == "cpu":
         model = load_prepared(path, _repacking(path, progress) if progress else None)
         baseline_bytes = rss_bytes()
-        return model.spec, model.tokenizer, CPUBackend(model, config.num_threads), baseline_bytes
+        backend = CPUBackend(model.spec, model.weights, config.num_threads)
+        return model.spec, model.tokenizer, backend, baseline_bytes
     if config.backend == "reference":
         checkpoint = open_checkpoint(path)
         spec, tokenizer = read_spec(checkpoint), load_tokenizer(path, checkpoint)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
+
+    from tael.llm import LLM
+    from tael.request import Usage
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def byte_size(text: str) -> int:
@@ -17,6 +23,74 @@ def byte_size(text: str) -> int:
     from tael.memory.budget import parse_bytes
 
     return parse_bytes(text)
+
+
+def model_options(command: F) -> F:
+    """How a model is loaded: the arguments of ``open_llm`` besides the name."""
+    for option in (
+        click.option("--context", type=int, metavar="TOKENS", help="Longest context."),
+        click.option("--threads", type=int, metavar="N", help="Threads to compute with."),
+        click.option(
+            "--memory",
+            type=byte_size,
+            metavar="SIZE",
+            help="Memory for everything, such as 2GiB.  [default: what the machine can spare]",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def sampling_options(command: F) -> F:
+    """Fields of ``SamplingParams``. The defaults suit small models: nearly greedy, since they
+    lose the thread at temperature 1, and bounded, since some never end by themselves."""
+    for option in (
+        click.option("--seed", type=int, metavar="N", help="Makes the answer reproducible."),
+        click.option("--repetition-penalty", default=1.0, metavar="X", show_default=True),
+        click.option("--min-p", default=0.0, metavar="P", show_default=True),
+        click.option("--top-p", default=0.9, metavar="P", show_default=True),
+        click.option("--top-k", default=0, metavar="K", show_default=True, help="0: off."),
+        click.option(
+            "--temperature", default=0.2, metavar="T", show_default=True, help="0: greedy."
+        ),
+        click.option(
+            "--max-tokens", default=1024, metavar="N", show_default=True, help="Longest answer."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def open_llm(
+    model: str, memory: int | None, threads: int | None, context: int | None, *, quiet: bool
+) -> LLM:
+    """Load a model, pulling it if need be, and say on stderr what it can hold."""
+    from tael.llm import LLM
+
+    with TransferBar() as progress:
+        llm = LLM(
+            model,
+            memory=memory,
+            max_model_len=context,
+            num_threads=threads,
+            progress=progress,
+        )
+    if not quiet:
+        click.echo(f"{model}: {llm.engine.describe()}", err=True)
+    return llm
+
+
+def statistics(usage: Usage) -> str:
+    """The line after an answer."""
+    from tael.memory.budget import format_bytes
+    from tael.memory.process import peak_rss_bytes
+
+    return (
+        f"prompt {usage.num_prompt_tokens:,} tokens ({usage.num_cached_tokens:,} cached), "
+        f"first token after {usage.time_to_first_token_s:.2f} s, "
+        f"{usage.num_output_tokens:,} tokens at {usage.decode_tokens_per_s:.1f}/s, "
+        f"KV {format_bytes(usage.kv_bytes)}, peak memory {format_bytes(peak_rss_bytes())}"
+    )
 
 
 class TransferBar:
@@ -46,8 +120,14 @@ class TransferBar:
             click.echo(f"tael: {description}", err=True)
             return
         from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
-        from rich.progress import TimeRemainingColumn, TransferSpeedColumn
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
 
         if self._bar is None:
             self._bar = Progress(

@@ -117,7 +117,8 @@ def _render(model: str, report: dict[str, Any]) -> str:
             (
                 "cache",
                 f"{group['num_layers']} layers, {seen}, {group['num_kv_heads']} KV heads of "
-                f"{group['head_dim']}: {group['bytes_per_token']:,} bytes a token",
+                f"{group['head_dim']}: {group['bytes_per_token']:,} bytes a token, "
+                f"{group['bytes_per_token'] // group['num_layers']:,} a layer",
             )
         )
     rows.append(

@@ -26,7 +26,9 @@ class Sampler:
         seed = request.params.seed
         seed = secrets.randbits(64) if seed is None else seed % 2**64
         self._key = np.array([seed, index], dtype=np.uint64)
-        self._prompt_ids = np.array(request.token_ids[: request.num_prompt_tokens], dtype=np.int64)
+        self._repeats = request.params.repetition_penalty != 1.0
+        prompt_ids = request.token_ids[: request.num_prompt_tokens] if self._repeats else []
+        self._prompt_ids = np.unique(np.array(prompt_ids, dtype=np.int64))
 
     def sample(self, logits: Logits) -> tuple[int, TokenLogprobs | None]:
         """The next token, given ``logits`` [vocab_size], and the log-probabilities asked for.
@@ -50,9 +52,8 @@ class Sampler:
     def adjust(self, logits: Logits) -> Logits:
         """Logits after the bias and penalties that the request asks for: a copy if any."""
         request, params = self._request, self._request.params
-        repeats = params.repetition_penalty != 1.0
         appears = params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
-        if not (params.logit_bias or repeats or appears):
+        if not (params.logit_bias or self._repeats or appears):
             return logits
         adjusted = logits.copy()
         for token_id, bias in params.logit_bias.items():
@@ -60,7 +61,7 @@ class Sampler:
         output, counts = np.unique(
             np.array(request.output_token_ids, dtype=np.int64), return_counts=True
         )
-        if repeats:  # over prompt and output, as Hugging Face does
+        if self._repeats:  # over prompt and output, as Hugging Face does
             seen = np.union1d(self._prompt_ids, output)
             score = adjusted[seen]
             penalty = np.float32(params.repetition_penalty)

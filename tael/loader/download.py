@@ -5,6 +5,7 @@ Until then its bytes are in ``<name>.part``, from which an interrupted pull goes
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import http.client
@@ -157,6 +158,8 @@ def fetch_url(
         try:
             _append(url, headers, part, size, progress, base_bytes)
         except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise
             refused = isinstance(error, urllib.error.HTTPError) and error.code < 500
             if refused or not remaining:
                 raise TaelError(

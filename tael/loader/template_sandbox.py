@@ -14,7 +14,6 @@ import json
 import string
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 from jinja2 import nodes
@@ -103,14 +102,17 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
 
     def wrap_str_format(self, value: Any) -> Any:
         """Jinja asks this about every attribute. Besides ``format``, two more methods of strings
-        need care."""
+        need care. Plain functions are returned, since a template can read the fields of a
+        ``functools.partial``."""
         owner, name = getattr(value, "__self__", None), getattr(value, "__name__", None)
         if isinstance(owner, str) and name == "replace":
-            return partial(self._replace, owner)
+            return lambda *args: self._replace(owner, *args)
         if isinstance(owner, str) and name == "join":
-            return partial(self._join, separator=owner)
+            return lambda values: self._join(values, owner)
         wrapper = super().wrap_str_format(value)
-        return None if wrapper is None else partial(self._format, wrapper, str(owner))
+        if wrapper is None:
+            return None
+        return lambda *args, **kwargs: self._format(wrapper, str(owner), args, kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "**" or (operator == "%" and isinstance(left, str)):
@@ -195,7 +197,13 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         self.reserve(len(text) + text.count(old) * len(new))
         return str(text.replace(old, new, -1 if count is None else count))
 
-    def _format(self, format: Callable[..., str], text: str, /, *args: Any, **kwargs: Any) -> str:
+    def _format(
+        self,
+        format: Callable[..., str],
+        text: str,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> str:
         fields = list(string.Formatter().parse(text))
         if any(spec for _, _, spec, _ in fields):
             raise SecurityError("it gives widths to format()")

@@ -98,9 +98,13 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: Path) -> Tokenizer:
-        """Read what ``save`` wrote."""
-        meta = (directory / "tokenizer_meta.json").read_text(encoding="utf-8")
-        return cls(_read_backend(directory / "tokenizer.json"), TokenizerConfig.from_json(meta))
+        """Read what ``save`` wrote. Raises TaelError if it is not there or damaged."""
+        path = directory / "tokenizer_meta.json"
+        try:
+            config = TokenizerConfig.from_json(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise TaelError(f"cannot read {path}: {error}; remove {directory}.") from error
+        return cls(_read_backend(directory / "tokenizer.json"), config)
 
     def encode(
         self, text: str, add_special_tokens: bool = True, parse_special: bool = False
@@ -382,7 +386,9 @@ def _new_marker() -> str:
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the package raises nothing more specific
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # plain Exception, or a Rust panic, which is not even that
         raise TaelError(f"cannot read {path}: {error}; download the file again.") from error
 
 

@@ -10,6 +10,7 @@ from tael.models.config import ModelConfig
 from tael.models.families import gemma3, llama, qwen2, qwen3
 from tael.models.gguf_config import gguf_config
 from tael.models.spec import ModelSpec
+from tael.models.tensor_names import hf_prefix
 
 FAMILIES: dict[str, Callable[[ModelConfig, Checkpoint], ModelSpec]] = {
     "llama": llama.read,
@@ -39,10 +40,9 @@ def read_spec(checkpoint: Checkpoint) -> ModelSpec:
             f"{', '.join(FAMILIES)}."
         )
     if config.is_set("quantization_config"):
-        method = config.section("quantization_config").get("quant_method", "unknown")
         raise TaelError(
-            f"{config.file_name}: the weights are quantised ({method}); use the "
-            "original model or a GGUF file of it."
+            f"{config.file_name} has a quantization_config, and of quantised weights Tael reads "
+            "GGUF only; use the original model or a GGUF file of it."
         )
     config.refuse("use_bidirectional_attention")
     spec = FAMILIES[model_type](config, checkpoint)
@@ -66,7 +66,7 @@ def _check_tensors(spec: ModelSpec, checkpoint: Checkpoint) -> None:
             )
     # A bias or a norm that the family does not know would be left out without a word.
     used = {source.name for _, source in spec.sources}
-    layers = "blk." if checkpoint.format == "gguf" else _layers_prefix(spec)
+    layers = "blk." if checkpoint.format == "gguf" else f"{hf_prefix(checkpoint)}layers."
     for name in checkpoint.tensors:
         derived = name.endswith("rotary_emb.inv_freq")  # saved by old versions of transformers
         if name.startswith(layers) and name not in used and not derived:
@@ -74,12 +74,6 @@ def _check_tensors(spec: ModelSpec, checkpoint: Checkpoint) -> None:
                 f"tensor {name} has no place in the {spec.family} family; this variant "
                 "of the model is not supported."
             )
-
-
-def _layers_prefix(spec: ModelSpec) -> str:
-    """ "model.layers." or what stands in its place."""
-    name = dict(spec.sources)["layers.0.q_proj.weight"].name
-    return name[: name.index("layers.")] + "layers."
 
 
 def _files(checkpoint: Checkpoint) -> str:

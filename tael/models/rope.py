@@ -33,7 +33,7 @@ def rope(parameters: ModelConfig, head_dim: int) -> Rope:
         parameters.refuse("rotary_dim")
     if rope_type not in _SCALINGS:
         raise TaelError(
-            f"{parameters.file_name} asks for RoPE scaling {rope_type!r}; Tael has "
+            f"{parameters.file_name} asks for RoPE scaling {rope_type[:60]!r}; Tael has "
             f"{', '.join(_SCALINGS)}. Use another model."
         )
     inv_freq, attention_factor = _SCALINGS[rope_type](parameters, head_dim)

@@ -8,8 +8,7 @@ from numpy.typing import NDArray
 from tael import _native
 
 TILE_ROWS = 16
-LAYOUT_VERSION = 1
-"""Of the tile layout; repacked files of another version are made anew."""
+
 
 
 def tiles_bytes(format_name: str, num_rows: int, num_columns: int) -> int:

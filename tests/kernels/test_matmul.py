@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from random_weights import random_rows
 
 from tael import _native
 from tael.quant.dequantize import dequantize
@@ -11,34 +12,6 @@ from tael.quant.formats import FORMATS
 
 ISAS = _native.supported_isas()
 FLOATS = ("F32", "F16", "BF16")
-
-
-def random_rows(name: str, num_rows: int, columns: int, seed: int = 0) -> np.ndarray:
-    """Random bytes of a format, with scales that are finite and of ordinary size."""
-    rng = np.random.default_rng(seed)
-    shape = (num_rows, columns)
-    if name == "F32":
-        return rng.standard_normal(shape, np.float32).view(np.uint8)
-    if name == "F16":
-        return rng.standard_normal(shape, np.float32).astype(np.float16).view(np.uint8)
-    if name == "BF16":
-        bits = rng.standard_normal(shape, np.float32).view(np.uint32) >> 16
-        return bits.astype(np.uint16).view(np.uint8)
-    fmt = FORMATS[name]
-    blocks = rng.integers(
-        0, 256, (num_rows, columns // fmt.block_elements, fmt.block_bytes), dtype=np.uint8
-    )
-    if name == "MXFP4":
-        blocks[..., 0] = rng.integers(118, 130, blocks.shape[:-1])
-    else:
-        half_offsets = {
-            "Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2),
-            "Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,),
-        }.get(name, (0,))  # fmt: skip
-        for offset in half_offsets:
-            scale = rng.uniform(-0.02, 0.02, blocks.shape[:-1]).astype(np.float16)
-            blocks[..., offset : offset + 2] = scale[..., None].view(np.uint8)
-    return blocks.reshape(num_rows, -1)
 
 
 def matrix(name: str, raw: np.ndarray, columns: int) -> _native.Matrix:

@@ -252,7 +252,7 @@ HOSTILE: dict[str, tuple[Callable[[], FakeCheckpoint], str]] = {
         "no general.architecture",
     ),
     "no metadata": (lambda: FakeCheckpoint("gguf", {}), "no general.architecture"),
-    "quantised": (lambda: hf(quantization_config={"quant_method": "awq"}), r"quantised \(awq\)"),
+    "quantised": (lambda: hf(quantization_config={"quant_method": "awq"}), "quantization_config"),
     "biases": (lambda: hf(attention_bias=True), "attention_bias"),
     "ffn biases": (lambda: hf(mlp_bias=True), "mlp_bias"),
     "biases of qwen3": (lambda: hf("qwen3", attention_bias=True), "attention_bias"),

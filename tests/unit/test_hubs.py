@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
@@ -11,12 +12,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.request import Request
 
 import pytest
 from huggingface_hub import constants
 
 from tael.errors import TaelError
 from tael.loader import sources
+from tael.loader.download import Silent, _Redirect
 from tael.loader.hubs import HubModel, RemoteFile, choose
 from tael.loader.paths import models_dir
 
@@ -29,7 +32,7 @@ SNAPSHOT = {
     "model.safetensors.index.json": b"{}",
     "pytorch_model.bin": b"a pickle",
     "consolidated.safetensors": b"the weights once more",
-    "onnx/model.safetensors": b"another model",
+    "model_fp16/model.safetensors": b"another model",
 }
 
 
@@ -91,7 +94,7 @@ class Handler(BaseHTTPRequestHandler):
                 }
                 for path, content in files.items()
             ]
-            folder = {"Path": "onnx", "Size": 0, "Type": "tree", "Sha256": ""}
+            folder = {"Path": "model_fp16", "Size": 0, "Type": "tree", "Sha256": ""}
             self.reply(json.dumps({"Code": 200, "Data": {"Files": [folder, *listed]}}))
         elif url.path == "/api/v1/models/owner/repo/repo":
             self.send_file(parse_qs(url.query)["FilePath"][0])
@@ -164,7 +167,7 @@ def test_directory(hub: Hub, scheme: str) -> None:
     hub.files = dict(SNAPSHOT)
     path = sources.resolve(f"{scheme}:owner/repo")
     present = {p.name for p in path.iterdir() if not p.name.startswith(".")}
-    assert present == {name for name in SNAPSHOT if name.startswith(("config", "tok", "model"))}
+    assert present == set(list(SNAPSHOT)[:5])
     assert sorted(hub.fetched) == sorted(present)
     assert sources.resolve(f"{scheme}:owner/repo") == path
     assert len(hub.fetched) == len(present)
@@ -199,6 +202,20 @@ def test_directory_is_there_only_when_complete(hub: Hub) -> None:
     assert not list(path.glob("*.part"))
 
 
+def test_split_gguf_is_there_only_when_complete(hub: Hub) -> None:
+    first, second = (f"m-0000{i}-of-00002.gguf" for i in (1, 2))
+    hub.files = {first: GGUF, second: GGUF}
+    hub.digests[second] = "0" * 64
+    with pytest.raises(TaelError, match="sha256"):
+        sources.resolve(f"ms:owner/repo:{first}")
+    with pytest.raises(TaelError, match="tael pull"):
+        sources.resolve(f"ms:owner/repo:{first}", pull=False)
+    hub.digests.clear()
+    path = sources.resolve(f"ms:owner/repo:{first}")
+    assert (path.name, path.with_name(second).read_bytes()) == (first, GGUF)
+    assert sources.remove(f"ms:owner/repo:{first}") == 2 * len(GGUF)
+
+
 @both
 def test_unknown_repository(hub: Hub, scheme: str) -> None:
     with pytest.raises(TaelError, match=f"cannot list {scheme}:owner/other") as caught:
@@ -223,6 +240,18 @@ def test_full_disk(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     assert hub.fetched == []
 
 
+def test_disk_that_fills_up_on_the_way(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.files = {"m.gguf": GGUF}
+
+    def full(progress: Silent, completed_bytes: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Silent, "update", full)
+    with pytest.raises(TaelError, match=r"No space left on device .*; free disk space"):
+        sources.resolve("ms:owner/repo")
+    assert hub.fetched == ["m.gguf"]
+
+
 def test_remove(hub: Hub) -> None:
     hub.files = {"a.gguf": GGUF, "b.gguf": GGUF}
     a, b = (sources.resolve(f"ms:owner/repo:{name}.gguf") for name in "ab")
@@ -234,10 +263,6 @@ def test_remove(hub: Hub) -> None:
 
 def test_token_stays_with_the_hub(hub: Hub) -> None:
     """The storage host that a hub redirects to must not see the user's token."""
-    from urllib.request import Request
-
-    from tael.loader.download import _Redirect
-
     request = Request("https://hub.example/file", headers={"Authorization": "Bearer secret"})
     same = _Redirect().redirect_request(request, None, 302, "", {}, "https://hub.example/other")
     other = _Redirect().redirect_request(request, None, 302, "", {}, "https://cdn.example/file")

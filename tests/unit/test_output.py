@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -66,7 +68,7 @@ def cut(text: str, stops: list[str]) -> str | None:
 
 def split(data: bytes, at: list[int]) -> list[bytes]:
     places = [0, *sorted(at), len(data)]
-    return [data[a:b] for a, b in zip(places, places[1:], strict=False)]
+    return [data[a:b] for a, b in itertools.pairwise(places)]
 
 
 texts = st.text(st.sampled_from("abé漢🙂"), max_size=30)

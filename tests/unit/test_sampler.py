@@ -183,11 +183,14 @@ def test_draws_follow_the_distribution(params: SamplingParams) -> None:
 @given(
     seed=st.integers(0, 2**32),
     size=st.integers(1, 2000),
+    density=st.sampled_from([0.0, 0.001, 0.3]),
     uniform=st.one_of(st.just(0.0), st.just(1 - 2.0**-52), st.floats(0, 1 - 2.0**-52)),
 )
-def test_draw_inverts_the_cumulative_weights(seed: int, size: int, uniform: float) -> None:
+def test_draw_inverts_the_cumulative_weights(
+    seed: int, size: int, density: float, uniform: float
+) -> None:
     rng = np.random.default_rng(seed)
-    weights = (rng.random(size) * (rng.random(size) < 0.3)).astype(np.float32)
+    weights = (rng.random(size) * (rng.random(size) < density)).astype(np.float32)
     weights[rng.integers(size)] = 1.0
     index = draw(weights, uniform)
     assert weights[index] > 0

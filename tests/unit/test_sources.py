@@ -112,7 +112,7 @@ def fake_pip(index: Path, monkeypatch: pytest.MonkeyPatch) -> FakePip:
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> Entry:
-    """"tiny:test" in the catalogue."""
+    """ "tiny:test" in the catalogue."""
     tiny = entry()
     monkeypatch.setattr(catalogue, "entries", lambda: {tiny.name: tiny})
     return tiny
@@ -345,7 +345,7 @@ def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_path_that_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(b"")
-    with pytest.raises(TaelError, match="not a .gguf file"):
+    with pytest.raises(TaelError, match=r"not a \.gguf file"):
         sources.resolve(f"file:{tmp_path}/model.bin")
     with pytest.raises(TaelError, match="no such file"):
         sources.resolve(str(tmp_path / "missing.gguf"))

@@ -11,8 +11,8 @@ from tael import _native
 from tael.backends.base import ForwardBatch
 from tael.config import BLOCK_SIZE, SchedulerConfig
 from tael.errors import TaelError
-from tael.loader.prepared import PreparedModel
-from tael.models.spec import Attention, LayerSpec, Rope, cache_groups
+from tael.loader.tile_file import TileFile
+from tael.models.spec import Attention, LayerSpec, ModelSpec, Rope, cache_groups
 
 if _native.BLOCK_TOKENS != BLOCK_SIZE:
     raise ImportError("tael._native was built for another block size; build it again.")
@@ -21,9 +21,10 @@ if _native.BLOCK_TOKENS != BLOCK_SIZE:
 class CPUBackend:
     """A ``Backend`` of native kernels. One call computes a step on all threads."""
 
-    def __init__(self, model: PreparedModel, num_threads: int | None = None) -> None:
-        spec = model.spec
-        self._prepared = model
+    def __init__(
+        self, spec: ModelSpec, weights: TileFile, num_threads: int | None = None
+    ) -> None:
+        self._weights = weights
         self._ropes: dict[Rope, int] = {}
         self._native = _native.Model(
             chosen_isa(),
@@ -46,7 +47,7 @@ class CPUBackend:
 
     @property
     def weights_bytes(self) -> int:
-        return self._prepared.weights_bytes
+        return self._weights.num_bytes
 
     def reserve(self, scheduler: SchedulerConfig, max_model_len: int) -> int:
         self._native.allocate(
@@ -114,11 +115,11 @@ class CPUBackend:
         return self._ropes[mixer.rope]
 
     def _matrix(self, name: str) -> _native.Matrix:
-        tensor = self._prepared.tensors[name]
+        tensor = self._weights.tensors[name]
         return _native.Matrix(tensor.format, *tensor.shape, tensor.data)
 
     def _vector(self, name: str) -> NDArray[np.float32] | None:
-        tensor = self._prepared.tensors.get(name)
+        tensor = self._weights.tensors.get(name)
         return tensor.data.view(np.float32) if tensor else None
 
 

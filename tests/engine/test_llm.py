@@ -1,0 +1,490 @@
+"""The Python API and the engine, with the reference backend on a tiny random model."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from numpy.typing import NDArray
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tael import LLM, AsyncLLM, SamplingParams, TaelError
+from tael.backends.base import ForwardBatch
+from tael.backends.reference import ReferenceBackend
+from tael.config import BLOCK_SIZE, EngineConfig, SchedulerConfig
+from tael.engine.engine import OVERHEAD_BYTES, Engine, OutputDelta
+from tael.llm import RequestOutput, gathered
+from tael.loader.safetensors import SafetensorsCheckpoint
+from tael.loader.tokenizer import Tokenizer
+from tael.models.registry import read_spec
+from tael.models.spec import cache_groups
+from tael.request import FinishReason
+
+MAX_LEN = 256
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+GREEDY = SamplingParams(temperature=0, max_tokens=24)
+PROMPTS = [
+    "Once upon a time",
+    "The quick brown fox jumps over the lazy dog. " * 3,
+    "1 2 3 4",
+    "naïve café 漢字 🙂",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with a byte-level tokenizer. Ids 0 to 255 are bytes, 256 ends a text."""
+    path = tmp_path_factory.mktemp("model")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab = {character: i for i, character in enumerate(alphabet)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<eos>"])
+    tokenizer.save(str(path / "tokenizer.json"))
+    config = {"eos_token": "<eos>", "chat_template": CHAT_TEMPLATE}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(alphabet) + 1,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=MAX_LEN,
+            initializer_range=0.4,
+            bos_token_id=None,
+            eos_token_id=256,
+        )
+    )
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def llm(folder: Path) -> Iterator[LLM]:
+    with LLM(str(folder), backend="reference") as llm:
+        yield llm
+        if llm._engine is not None:
+            assert_idle(llm.engine)
+
+
+def assert_idle(engine: Engine) -> None:
+    assert not engine.has_unfinished()
+    assert not engine.scheduler.has_unfinished()
+    assert engine.manager.num_referenced == 0
+    assert not engine._completions and not engine._forks
+    engine.manager.check()
+
+
+def make_engine(
+    folder: Path,
+    num_blocks: int = 100,
+    max_num_seqs: int = 8,
+    backend_class: type[ReferenceBackend] = ReferenceBackend,
+) -> Engine:
+    """An engine whose budget leaves exactly ``num_blocks`` for the KV cache."""
+    checkpoint = SafetensorsCheckpoint(folder)
+    spec = read_spec(checkpoint)
+    backend = backend_class(spec, checkpoint)
+    scheduler = SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=64)
+    (group,) = cache_groups(spec, BLOCK_SIZE)
+    taken = OVERHEAD_BYTES + backend.weights_bytes + backend.reserve(scheduler, MAX_LEN)
+    config = EngineConfig(memory_bytes=taken + num_blocks * group.block_bytes, scheduler=scheduler)
+    tokenizer = Tokenizer.from_directory(folder)
+    return Engine(spec, backend, tokenizer, config, baseline_bytes=0)
+
+
+def run(
+    engine: Engine, prompts: list[list[int]], params: SamplingParams
+) -> dict[str, RequestOutput]:
+    deltas: dict[str, list[OutputDelta]] = {}
+    for i, prompt in enumerate(prompts):
+        engine.add_request(str(i), prompt, params)
+        deltas[str(i)] = []
+    while engine.has_unfinished():
+        for delta in engine.step():
+            deltas[delta.request_id].append(delta)
+    assert_idle(engine)
+    return {str(i): gathered(prompt, deltas[str(i)]) for i, prompt in enumerate(prompts)}
+
+
+def test_greedy_equals_transformers(llm: LLM, reference: LlamaForCausalLM) -> None:
+    outputs = llm.generate(PROMPTS, GREEDY)
+    for prompt, output in zip(PROMPTS, outputs, strict=True):
+        ids = torch.tensor([output.prompt_token_ids])
+        with torch.no_grad():
+            expected = reference.generate(ids, max_new_tokens=24, do_sample=False)
+        (completion,) = output.outputs
+        assert completion.token_ids == tuple(expected[0, ids.shape[1] :].tolist())
+        assert bytes_of(llm, output.prompt_token_ids) == prompt.encode()
+        assert completion.text == llm.engine.tokenizer.decode(completion.token_ids)
+        assert output.usage.num_prompt_tokens == ids.shape[1]
+        assert output.usage.num_output_tokens == len(completion.token_ids)
+
+
+def bytes_of(llm: LLM, token_ids: tuple[int, ...]) -> bytes:
+    return b"".join(map(llm.engine.tokenizer.token_bytes, token_ids))
+
+
+def test_random_text_does_not_depend_on_the_batch(llm: LLM) -> None:
+    params = SamplingParams(seed=5, top_p=0.95, max_tokens=20, repetition_penalty=1.1)
+    together = llm.generate(PROMPTS, params)
+    for prompt, output in zip(PROMPTS, together, strict=True):
+        alone = llm.generate(prompt, params)[0]
+        assert alone.outputs == output.outputs
+    other = llm.generate(PROMPTS, SamplingParams(seed=6, top_p=0.95, max_tokens=20))
+    assert [o.text for o in other] != [o.text for o in together]
+
+
+def test_parameters_for_each_prompt(llm: LLM) -> None:
+    outputs = llm.generate(
+        ["abc", [1, 2, 3]],
+        [
+            SamplingParams(max_tokens=3, ignore_eos=True),
+            SamplingParams(max_tokens=5, ignore_eos=True),
+        ],
+    )
+    assert [len(o.outputs[0].token_ids) for o in outputs] == [3, 5]
+    assert outputs[1].prompt_token_ids == (1, 2, 3)
+    assert outputs[0].outputs[0].finish_reason is FinishReason.LENGTH
+    assert llm.generate([]) == []
+
+
+def test_completions_of_one_prompt_share_its_blocks(llm: LLM) -> None:
+    prompt = PROMPTS[1]
+    params = SamplingParams(n=3, seed=1, max_tokens=10, ignore_eos=True)
+    (output,) = llm.generate(prompt, params)
+    num_shared = output.usage.num_prompt_tokens // BLOCK_SIZE * BLOCK_SIZE
+    assert llm.engine.manager.num_prefix_hit_tokens == 2 * num_shared > 0
+    assert [c.index for c in output.outputs] == [0, 1, 2]
+    assert len({c.text for c in output.outputs}) == 3
+    assert output.usage.num_output_tokens == 30
+    # The first is what n=1 gives; all are reproducible.
+    (single,) = llm.generate(prompt, SamplingParams(seed=1, max_tokens=10, ignore_eos=True))
+    assert single.outputs[0] == output.outputs[0]
+    assert llm.generate(prompt, params)[0].outputs == output.outputs
+
+
+def test_completions_wait_for_a_prompt_that_takes_several_steps(folder: Path) -> None:
+    engine = make_engine(folder)
+    prompts = [list(range(100)), list(range(200, 240))]  # 64 tokens are computed in a step
+    run(engine, prompts, SamplingParams(n=3, max_tokens=2, ignore_eos=True))
+    assert engine.manager.num_prefix_hit_tokens == 2 * 96 + 2 * 32
+
+    engine.add_request("aborted", list(range(150, 0, -1)), SamplingParams(n=3))
+    engine.step()
+    engine.abort("aborted")
+    assert_idle(engine)
+
+
+def test_stop_string(llm: LLM) -> None:
+    whole = llm.generate("abc", GREEDY)[0].outputs[0]
+    stop = whole.text[5:8]
+    params = SamplingParams(temperature=0, max_tokens=24, stop=[stop])
+    cut = llm.generate("abc", params)[0].outputs[0]
+    assert cut.text == whole.text[: whole.text.index(stop)]
+    assert cut.finish_reason is FinishReason.STOP
+    assert stop in llm.engine.tokenizer.decode(cut.token_ids)
+    assert stop not in llm.engine.tokenizer.decode(cut.token_ids[:-1])
+
+
+def test_end_of_sequence(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=9, logit_bias={256: 1000.0})
+    ended = llm.generate("abc", params)[0].outputs[0]
+    assert (ended.text, ended.token_ids) == ("", (256,))
+    assert ended.finish_reason is FinishReason.STOP
+
+
+@pytest.mark.parametrize("prompt", [PROMPTS[3], [7, 8, 9], [{"role": "user", "content": "hi"}]])
+def test_stream_equals_generate(llm: LLM, prompt: str | list[int]) -> None:
+    params = SamplingParams(seed=3, max_tokens=30, n=2)
+    whole = llm.generate([prompt], params)[0]
+    deltas = list(llm.stream(prompt, params))
+    assert gathered(whole.prompt_token_ids, deltas).outputs == whole.outputs
+    assert [d.usage is not None for d in deltas] == [False] * (len(deltas) - 1) + [True]
+
+
+def test_interleaved_streams_and_calls(llm: LLM) -> None:
+    params = SamplingParams(seed=3, max_tokens=12, ignore_eos=True)
+    expected = llm.generate(PROMPTS[:3], params)
+    first, second = llm.stream(PROMPTS[0], params), llm.stream(PROMPTS[1], params)
+    texts = [next(first).text, next(second).text]
+    (third,) = llm.generate(PROMPTS[2], params)
+    texts[0] += "".join(delta.text for delta in first)
+    texts[1] += "".join(delta.text for delta in second)
+    assert [*texts, third.text] == [output.text for output in expected]
+
+
+def test_closing_a_stream_frees_its_blocks(llm: LLM) -> None:
+    stream = llm.stream(PROMPTS[1], SamplingParams(n=3, ignore_eos=True))
+    next(stream)
+    assert llm.engine.manager.num_referenced > 0
+    stream.close()
+    assert_idle(llm.engine)
+
+
+def test_chat(llm: LLM) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    output = llm.chat(messages, GREEDY)
+    assert bytes_of(llm, output.prompt_token_ids) == b"user: hi\nassistant: "
+    assert output.outputs == llm.generate([messages], GREEDY)[0].outputs
+
+
+def test_logprobs(llm: LLM, reference: LlamaForCausalLM) -> None:
+    params = SamplingParams(seed=2, max_tokens=6, logprobs=4, temperature=1.5, ignore_eos=True)
+    output = llm.generate("abc", params)[0]
+    (completion,) = output.outputs
+    ids = torch.tensor([[*output.prompt_token_ids, *completion.token_ids]])
+    with torch.no_grad():
+        expected = torch.log_softmax(reference(ids).logits[0].double(), dim=-1)
+    assert len(completion.logprobs) == 6
+    for i, logprobs in enumerate(completion.logprobs):
+        row = expected[len(output.prompt_token_ids) + i - 1]
+        assert logprobs.token_id == completion.token_ids[i]
+        assert logprobs.logprob == pytest.approx(float(row[logprobs.token_id]), abs=1e-4)
+        assert [token_id for token_id, _ in logprobs.top] == row.topk(4).indices.tolist()
+        assert sum(math.exp(p) for _, p in logprobs.top) <= 1
+
+
+def test_usage(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    first = llm.generate(PROMPTS[1], params)[0].usage
+    second = llm.generate(PROMPTS[1], params)[0].usage
+    assert first.num_cached_tokens == 0
+    assert second.num_cached_tokens == first.num_prompt_tokens // BLOCK_SIZE * BLOCK_SIZE
+    (group,) = llm.engine.manager.groups
+    num_blocks = -(-(first.num_prompt_tokens + 7) // BLOCK_SIZE)
+    assert first.kv_bytes == second.kv_bytes == num_blocks * group.block_bytes
+    assert 0 <= first.queue_s <= first.time_to_first_token_s
+    assert first.decode_s > 0 and first.decode_tokens_per_s == 7 / first.decode_s
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ("x" * MAX_LEN, GREEDY, "context"),
+        ("", GREEDY, "no tokens"),
+        ([0, 257], GREEDY, "does not know"),
+        ([-1], GREEDY, "does not know"),
+        ("abc", SamplingParams(logit_bias={257: 1.0}), "logit_bias"),
+        ("abc", [GREEDY, GREEDY], "1 prompts"),
+    ],
+)
+def test_what_cannot_run_is_refused(
+    llm: LLM, prompt: str, params: SamplingParams, message: str
+) -> None:
+    with pytest.raises(TaelError, match=message):
+        llm.generate(prompt, params)
+
+
+def test_one_bad_prompt_of_a_batch_leaves_nothing_behind(llm: LLM) -> None:
+    with pytest.raises(TaelError):
+        llm.generate(["abc", "x" * MAX_LEN], GREEDY)
+    assert_idle(llm.engine)
+
+
+def test_a_request_id_is_used_once_at_a_time(folder: Path) -> None:
+    engine = make_engine(folder)
+    engine.add_request("a", [1], GREEDY)
+    with pytest.raises(ValueError, match="'a'"):
+        engine.add_request("a", [1], GREEDY)
+    usage = engine.abort("a")
+    assert usage is not None and usage.num_prompt_tokens == 1
+    assert engine.abort("a") is None
+    engine.add_request("a", [1], GREEDY)
+
+
+def test_closed(folder: Path) -> None:
+    llm = LLM(str(folder), backend="reference")
+    stream = llm.stream("abc")
+    next(stream)
+    llm.close()
+    with pytest.raises(TaelError, match="closed"):
+        next(stream)
+    with pytest.raises(TaelError, match="closed"):
+        llm.generate("abc")
+
+
+def test_unknown_backend(folder: Path) -> None:
+    with pytest.raises(TaelError, match="no backend 'gpu'"):
+        LLM(str(folder), backend="gpu")
+
+
+def test_budget(folder: Path) -> None:
+    with pytest.raises(TaelError, match="too small"):
+        LLM(str(folder), backend="reference", memory="1MiB")
+    engine = make_engine(folder, num_blocks=5)
+    assert engine.max_model_len == 5 * BLOCK_SIZE
+    assert engine.kv_store.num_bytes == 5 * BLOCK_SIZE * 128
+    assert engine.describe().startswith("context 160 tokens (128 bytes a token), KV 20 KiB")
+    with LLM(str(folder), backend="reference", max_model_len=100) as llm:
+        assert llm.engine.max_model_len == 100
+        (output,) = llm.generate("abc", SamplingParams(ignore_eos=True))
+        assert output.usage.num_prompt_tokens + output.usage.num_output_tokens == 100
+
+
+def test_preemption_changes_no_token(folder: Path) -> None:
+    prompts = [list(range(i, i + 40)) for i in range(6)]
+    params = SamplingParams(seed=4, max_tokens=50, ignore_eos=True, presence_penalty=0.5, n=2)
+    calm = run(make_engine(folder), prompts, params)
+    tight = run(make_engine(folder, num_blocks=8), prompts, params)
+    assert sum(output.usage.num_preemptions for output in calm.values()) == 0
+    assert sum(output.usage.num_preemptions for output in tight.values()) > 0
+    for key, output in calm.items():
+        assert tight[key].outputs == output.outputs
+
+
+class PoisonedBackend(ReferenceBackend):
+    """Gives NaN after token 99."""
+
+    def forward(self, batch: ForwardBatch) -> NDArray[np.float32]:
+        logits = super().forward(batch)
+        logits[batch.token_ids[batch.logits_indices] == 99, 3] = np.nan
+        return logits
+
+
+def test_an_error_ends_one_request_only(folder: Path) -> None:
+    params = SamplingParams(seed=1, max_tokens=10, ignore_eos=True, logit_bias={99: -1000.0}, n=2)
+    prompts = [[1, 2, 3], [1, 2, 99], [4, 5, 6]]
+    poisoned = run(make_engine(folder, backend_class=PoisonedBackend), prompts, params)
+    healthy = run(make_engine(folder), prompts, params)
+    assert poisoned["0"].outputs == healthy["0"].outputs
+    assert poisoned["2"].outputs == healthy["2"].outputs
+    for completion in poisoned["1"].outputs:
+        assert completion.finish_reason is FinishReason.ERROR
+        assert completion.error == "the model's logits are not finite"
+
+
+def with_async_llm(llm: LLM, body: Callable[[AsyncLLM], object]) -> None:
+    async def main() -> None:
+        async with AsyncLLM(llm) as async_llm:
+            await body(async_llm)  # type: ignore[misc]
+
+    engine = llm.engine
+    asyncio.run(main())
+    assert_idle(engine)
+
+
+def test_async_equals_sync(llm: LLM) -> None:
+    params = SamplingParams(seed=8, max_tokens=12, n=2)
+    messages = [{"role": "user", "content": "hi"}]
+    expected, answer = llm.generate(PROMPTS, params), llm.chat(messages, params)
+
+    async def body(async_llm: AsyncLLM) -> None:
+        outputs, chat, deltas = await asyncio.gather(
+            async_llm.generate(PROMPTS, params),
+            async_llm.chat(messages, params),
+            collect(async_llm, PROMPTS[0], params),
+        )
+        assert [o.outputs for o in outputs] == [o.outputs for o in expected]
+        assert chat.outputs == answer.outputs
+        assert gathered((), deltas).outputs == expected[0].outputs
+
+    with_async_llm(llm, body)
+
+
+async def collect(llm: AsyncLLM, prompt: str, params: SamplingParams) -> list[OutputDelta]:
+    return [delta async for delta in llm.stream(prompt, params)]
+
+
+def test_cancelling_a_task_ends_its_request(llm: LLM) -> None:
+    endless = SamplingParams(ignore_eos=True, n=2)
+    expected = llm.generate("abc", GREEDY)[0].outputs
+
+    async def body(async_llm: AsyncLLM) -> None:
+        stream = async_llm.stream("abc", endless)
+        await anext(stream)
+        task = asyncio.create_task(async_llm.generate(["abc", "abcd"], endless))
+        await anext(stream)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await stream.aclose()
+        (output,) = await async_llm.generate("abc", GREEDY)
+        assert output.outputs == expected
+
+    with_async_llm(llm, body)
+
+
+def test_close_finishes_what_runs_and_refuses_more(llm: LLM) -> None:
+    async def main() -> None:
+        async_llm = AsyncLLM(llm)
+        stream = async_llm.stream("abc", SamplingParams(ignore_eos=True, max_tokens=40))
+        await anext(stream)
+        closing = asyncio.create_task(async_llm.close())
+        assert len([delta async for delta in stream]) == 39
+        await closing
+        with pytest.raises(TaelError, match="closed"):
+            await async_llm.generate("abc")
+
+    asyncio.run(main())
+
+
+def test_async_errors_reach_their_caller(llm: LLM) -> None:
+    async def body(async_llm: AsyncLLM) -> None:
+        with pytest.raises(TaelError, match="context"):
+            await async_llm.generate(["abc", "x" * MAX_LEN], GREEDY)
+        (output,) = await async_llm.generate("abc", GREEDY)
+        assert output.text
+
+    with_async_llm(llm, body)
+
+
+def test_a_failing_engine_reaches_every_caller(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(batch: ForwardBatch) -> NDArray[np.float32]:
+        raise OSError("the weights are gone")
+
+    monkeypatch.setattr(llm.engine.backend, "forward", fail)
+
+    async def main() -> None:
+        async with AsyncLLM(llm) as async_llm:
+            results = await asyncio.gather(
+                async_llm.generate(["abc", "abcd"]),
+                collect(async_llm, "abc", GREEDY),
+                return_exceptions=True,
+            )
+            results += await asyncio.gather(async_llm.generate("abc"), return_exceptions=True)
+            for result in results:
+                assert isinstance(result, RuntimeError)
+                assert str(result.__cause__) == "the weights are gone"
+
+    asyncio.run(main())
+    assert llm._engine is None
+
+
+def test_a_program_may_end_without_closing(folder: Path) -> None:
+    script = f"""
+import asyncio, atexit, threading
+from tael import LLM, AsyncLLM, SamplingParams
+
+atexit.register(lambda: print(*(thread.name for thread in threading.enumerate())))
+
+async def main():
+    llm = AsyncLLM(LLM({str(folder)!r}, backend="reference"))
+    await anext(llm.stream("abc", SamplingParams(ignore_eos=True, n=100)))
+
+asyncio.run(main())
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (0, b"MainThread\n", b"")
