@@ -18,7 +18,7 @@ from tael.errors import TaelError
 
 if TYPE_CHECKING:
     from tael.llm import LLM
-    from tael.request import SamplingParams, Usage
+    from tael.request import FinishReason, SamplingParams, Usage
 
 HELP = """\
 /help             this list
@@ -113,7 +113,7 @@ class Chat:
         self.system = system
         self.turns: list[dict[str, str]] = []
         """Questions and answers by turns, a question first."""
-        self.usage: Usage | None = None
+        self.statistics = ""
         """Of the last answer."""
         self.is_over = False
         self._commands: dict[str, Callable[[str], None]] = {
@@ -185,20 +185,21 @@ class Chat:
         engine = self.llm.engine
         engine.add_request("chat", token_ids, self.params)
         text = ""
-        self.usage = None
+        usage: Usage | None = None
+        reason: FinishReason | None = None
         with interrupts() as interrupted:
-            while self.usage is None:
+            while usage is None:
                 for delta in engine.step():
                     click.echo(delta.text, nl=False)
                     text += delta.text
-                    self.usage = delta.usage
+                    usage, reason = delta.usage, delta.finish_reason
                     if delta.error is not None:
                         raise TaelError(f"the answer broke off: {delta.error}.")
-                if interrupted() and self.usage is None:
-                    self.usage = engine.abort("chat")
+                if interrupted() and usage is None:
+                    usage = engine.abort("chat")
         click.echo()
-        if self.usage is not None:
-            click.echo(statistics(self.usage), err=True)
+        self.statistics = statistics(usage, reason)
+        click.echo(self.statistics, err=True)
         return text
 
     def _set_system(self, rest: str) -> None:
@@ -230,8 +231,8 @@ class Chat:
         self.turns = [{"role": t["role"], "content": t["content"]} for t in turns]
 
     def _stats(self, rest: str) -> None:
-        if self.usage is not None:
-            click.echo(statistics(self.usage))
+        if self.statistics:
+            click.echo(self.statistics)
         num_tokens = len(self.llm.encode(self.messages)) if self.turns else 0
         click.echo(f"context {num_tokens:,} of {self.llm.engine.max_model_len:,} tokens")
 

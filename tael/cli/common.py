@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
     from tael.llm import LLM
-    from tael.request import Usage
+    from tael.request import FinishReason, Usage
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -80,16 +80,19 @@ def open_llm(
     return llm
 
 
-def statistics(usage: Usage) -> str:
-    """The line after an answer."""
+def statistics(usage: Usage, reason: FinishReason | None) -> str:
+    """The line after an answer, and why it ended if that was not the model's choice."""
     from tael.memory.budget import format_bytes
     from tael.memory.process import peak_rss_bytes
+    from tael.request import FinishReason
 
+    cut = ", cut off at the token limit" if reason is FinishReason.LENGTH else ""
     return (
         f"prompt {usage.num_prompt_tokens:,} tokens ({usage.num_cached_tokens:,} cached), "
         f"first token after {usage.time_to_first_token_s:.2f} s, "
         f"{usage.num_output_tokens:,} tokens at {usage.decode_tokens_per_s:.1f}/s, "
         f"KV {format_bytes(usage.kv_bytes)}, peak memory {format_bytes(peak_rss_bytes())}"
+        f"{cut}"
     )
 
 

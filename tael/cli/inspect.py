@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from tael.cli.common import TransferBar, byte_size
+from tael.errors import TaelError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,63 +32,77 @@ def command(model: str, memory: int | None, as_json: bool) -> None:
     with TransferBar() as progress:
         path = sources.resolve(model, progress=progress)
     checkpoint = open_checkpoint(path)
-    report = describe(path, checkpoint, read_spec(checkpoint), memory)
+    spec = read_spec(checkpoint)
+    report = {
+        "path": str(path),
+        "format": checkpoint.format,
+        **_layers(spec),
+        **_tensors(checkpoint),
+        **_capacity(path, checkpoint, spec, memory),
+    }
     click.echo(json.dumps(report, indent=2) if as_json else _render(model, report))
 
 
-def describe(
-    path: Path, checkpoint: Checkpoint, spec: ModelSpec, memory_bytes: int | None
-) -> dict[str, Any]:
-    """The facts that ``tael inspect`` prints. ``memory_bytes`` None: what the machine spares."""
-    from math import prod
-
-    from tael.config import BLOCK_SIZE, SchedulerConfig
-    from tael.engine.engine import SPARE_FRACTION
-    from tael.memory.budget import available_memory_bytes, kv_budget, plan_pools
+def _layers(spec: ModelSpec) -> dict[str, Any]:
+    from tael.config import BLOCK_SIZE
     from tael.models.spec import cache_groups
-    from tael.quant.formats import FORMATS
 
-    types: dict[str, dict[str, int]] = {}
-    for info in checkpoint.tensors.values():
-        *rows, columns = info.shape
-        entry = types.setdefault(info.type, {"num_tensors": 0, "bytes": 0})
-        entry["num_tensors"] += 1
-        entry["bytes"] += prod(rows) * FORMATS[info.type].row_bytes(columns)
-    weights_bytes = sum(entry["bytes"] for entry in types.values())
-    groups = cache_groups(spec, BLOCK_SIZE)
-    if memory_bytes is None:
-        memory_bytes = int(SPARE_FRACTION * available_memory_bytes())
-    plan = plan_pools(
-        groups,
-        kv_budget(memory_bytes, weights_bytes, workspace_bytes=0, baseline_bytes=0),
-        BLOCK_SIZE,
-        spec.max_position_embeddings,
-        SchedulerConfig(),
-    )
+    mixers = [layer.mixer for layer in spec.layers]
     return {
-        "path": str(path),
-        "format": checkpoint.format,
         "family": spec.family,
         "num_layers": len(spec.layers),
         "hidden_size": spec.hidden_size,
         "vocab_size": spec.vocab_size,
         "num_parameters": sum(prod(shape) for shape in spec.parameters().values()),
-        "tensor_types": dict(sorted(types.items())),
-        "weights_bytes": weights_bytes,
+        "trained_context": spec.max_position_embeddings,
         "cache": [
             {
                 "num_layers": len(group.layers),
                 "window": group.window,
-                "num_kv_heads": spec.layers[group.layers[0]].mixer.num_kv_heads,
-                "head_dim": spec.layers[group.layers[0]].mixer.head_dim,
+                "num_kv_heads": mixers[group.layers[0]].num_kv_heads,
+                "head_dim": mixers[group.layers[0]].head_dim,
                 "bytes_per_token": group.block_bytes // BLOCK_SIZE,
             }
-            for group in groups
+            for group in cache_groups(spec, BLOCK_SIZE)
         ],
-        "trained_context": spec.max_position_embeddings,
-        "memory_bytes": memory_bytes,
-        "max_context": plan.max_model_len,
     }
+
+
+def _tensors(checkpoint: Checkpoint) -> dict[str, Any]:
+    from tael.quant.formats import FORMATS
+
+    types: dict[str, dict[str, int]] = {}
+    for info in checkpoint.tensors.values():
+        *rows, num_columns = info.shape
+        entry = types.setdefault(info.type, {"num_tensors": 0, "bytes": 0})
+        entry["num_tensors"] += 1
+        entry["bytes"] += prod(rows) * FORMATS[info.type].row_bytes(num_columns)
+    return {
+        "tensor_types": dict(sorted(types.items())),
+        "weights_bytes": sum(entry["bytes"] for entry in types.values()),
+    }
+
+
+def _capacity(
+    path: Path, checkpoint: Checkpoint, spec: ModelSpec, memory_bytes: int | None
+) -> dict[str, Any]:
+    """What the engine itself would reserve, learnt from one without weights."""
+    from tael.backends.cpu.backend import CPUBackend
+    from tael.config import EngineConfig
+    from tael.engine.engine import Engine
+    from tael.loader.prepared import load_tokenizer
+    from tael.loader.tile_file import blank_tile_file
+    from tael.memory.process import rss_bytes
+
+    tokenizer = load_tokenizer(path, checkpoint)
+    config = EngineConfig(memory_bytes=memory_bytes)
+    baseline_bytes = rss_bytes()
+    backend = CPUBackend(spec, blank_tile_file(checkpoint, spec))
+    try:
+        engine = Engine(spec, backend, tokenizer, config, baseline_bytes=baseline_bytes)
+    except TaelError as error:  # too little memory; the rest is worth knowing all the same
+        return {"max_context": 0, "problem": str(error)}
+    return {"max_context": engine.max_model_len, "memory_bytes": engine.memory_bytes}
 
 
 def _render(model: str, report: dict[str, Any]) -> str:
@@ -121,11 +137,10 @@ def _render(model: str, report: dict[str, Any]) -> str:
                 f"{group['bytes_per_token'] // group['num_layers']:,} a layer",
             )
         )
-    rows.append(
-        (
-            "context",
-            f"{report['max_context']:,} tokens in {format_bytes(report['memory_bytes'])}, "
-            f"{report['trained_context']:,} trained for",
-        )
-    )
+    if "problem" in report:
+        here = report["problem"]
+    else:
+        here = f"{report['max_context']:,} tokens here, in {format_bytes(report['memory_bytes'])}"
+    rows.append(("context", f"{report['trained_context']:,} tokens trained for"))
+    rows.append(("", here))
     return "\n".join(f"{label:8} {text}" for label, text in rows)

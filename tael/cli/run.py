@@ -110,7 +110,7 @@ def _print_stream(llm: LLM, prompt: Prompt, params: SamplingParams) -> None:
     if delta.error is not None:
         raise TaelError(f"the answer broke off: {delta.error}.")
     assert delta.usage is not None
-    click.echo(statistics(delta.usage), err=True)
+    click.echo(statistics(delta.usage, delta.finish_reason), err=True)
 
 
 def _print_json(llm: LLM, model: str, prompt: Prompt, params: SamplingParams) -> None:

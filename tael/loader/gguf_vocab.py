@@ -86,6 +86,11 @@ def _read_vocabulary(metadata: Mapping[str, Any]) -> _Vocabulary:
     if len(ids) != len(tokens):
         first = next(i for i, token in enumerate(tokens) if ids[token] != i)
         raise _damaged(f"tokens {first} and {ids[tokens[first]]} are both {tokens[first]!r}")
+    for name in ("bos", "eos", "eot", "eom"):
+        token_id = special_token_id(metadata, name)
+        # Some files mark these as text, which would let a message end a turn.
+        if token_id is not None and types[token_id] == TokenType.USER_DEFINED:
+            types[token_id] = TokenType.CONTROL
     return _Vocabulary(tokens, types, ids)
 
 

@@ -71,13 +71,16 @@ def open_tile_file(path: Path) -> TileFile:
     if header["layout_version"] != LAYOUT_VERSION or len(mapped) != data_start + header["num_bytes"]:
         raise ValueError(f"{path} is of another layout or not whole")
     data = np.frombuffer(mapped, np.uint8, offset=data_start)
-    tensors = {
-        name: TileTensor(
-            t["format"], tuple(t["shape"]), data[t["offset"] : t["offset"] + t["num_bytes"]]
-        )
-        for name, t in header["tensors"].items()
-    }
-    return TileFile(tensors, len(mapped), header["digest"])
+    return TileFile(_tensors(header["tensors"], data), len(mapped), header["digest"])
+
+
+def blank_tile_file(checkpoint: Checkpoint, spec: ModelSpec) -> TileFile:
+    """The file that ``write_tile_file`` would make, of zeros that take no memory: a backend can
+    be made from it to learn what it needs."""
+    places, num_bytes = _places(checkpoint, spec)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    mapped = mmap.mmap(-1, num_bytes, flags=flags, prot=mmap.PROT_READ)
+    return TileFile(_tensors(places, np.frombuffer(mapped, np.uint8)), num_bytes, "")
 
 
 def write_tile_file(
@@ -141,6 +144,17 @@ def _places(checkpoint: Checkpoint, spec: ModelSpec) -> tuple[dict[str, Any], in
         }
         offset += _round_up(num_bytes, ALIGNMENT)
     return places, offset
+
+
+def _tensors(places: dict[str, Any], data: Bytes) -> dict[str, TileTensor]:
+    return {
+        name: TileTensor(
+            place["format"],
+            tuple(place["shape"]),
+            data[place["offset"] : place["offset"] + place["num_bytes"]],
+        )
+        for name, place in places.items()
+    }
 
 
 def _chunks(

@@ -88,8 +88,8 @@ def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
         return path.read_text(encoding="utf-8", errors="replace")
     template = config.get("chat_template")
     if isinstance(template, list):
-        default = (entry for entry in template if entry.get("name") == "default")
-        template = next(default, {}).get("template")
+        named = [entry for entry in template if isinstance(entry, dict)]
+        template = next((t.get("template") for t in named if t.get("name") == "default"), None)
     return template if isinstance(template, str) else None
 
 

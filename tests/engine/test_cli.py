@@ -11,12 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from safetensors.numpy import save_file
 
 from tael.cli.chat import ANSWER_ROOM, Chat
+from tael.cli.common import TransferBar
 from tael.cli.main import COMMANDS, main
 from tael.engine.engine import OutputDelta
 from tael.errors import TaelError
@@ -30,6 +29,7 @@ class FakeEngine:
         self.max_model_len = 1000
         self.tokenizer = SimpleNamespace(has_chat_template=True)
         self.answer = "one two three"
+        self.reason = FinishReason.STOP
         self.error: str | None = None
         self.before_step: Callable[[], None] = lambda: None
         self.prompts: list[list[int]] = []
@@ -57,7 +57,7 @@ class FakeEngine:
         return Usage()
 
     def _delta(self, text: str, last: bool) -> OutputDelta:
-        reason = FinishReason.ERROR if self.error else FinishReason.STOP
+        reason = FinishReason.ERROR if self.error else self.reason
         return OutputDelta(
             request_id="chat",
             index=0,
@@ -194,6 +194,12 @@ def test_run_prints_the_answer_and_the_statistics(llm: FakeLLM) -> None:
     assert statistics.startswith("prompt 7 tokens (3 cached), first token after ")
     assert "KV " in statistics and "peak memory " in statistics
     assert llm.prompt == [{"role": "user", "content": "what is"}]
+
+
+def test_run_says_when_the_answer_was_cut_off(llm: FakeLLM) -> None:
+    assert "cut off" not in invoke("run", "hi").stderr
+    llm.engine.reason = FinishReason.LENGTH
+    assert "cut off at the token limit" in invoke("run", "hi").stderr
 
 
 def test_run_options_reach_the_model(llm: FakeLLM) -> None:
@@ -392,7 +398,7 @@ def test_chat_needs_a_template(llm: FakeLLM) -> None:
     assert "tael run gemma3:270m" in result.stderr
 
 
-# pull, rm, inspect
+# pull, rm
 
 
 @pytest.fixture
@@ -432,68 +438,19 @@ def test_pull_shows_one_line_where_there_is_no_terminal(
     assert result.stderr == "tael: pulling smollm2:135m\ntael: no network; try later.\n"
 
 
+def test_progress_is_a_bar_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "120")
+    with TransferBar() as progress:
+        progress.start("pulling x", 4 << 20)
+        progress.update(3 << 20)
+        progress.update(2 << 20)  # never backwards
+    shown = capsys.readouterr()
+    assert "pulling x" in shown.err and "3.0/4.0 MiB" in shown.err
+    assert shown.out == ""
+
+
 def test_pull_needs_a_name() -> None:
     assert invoke("pull").exit_code == 2
-
-
-@pytest.fixture
-def tiny_model(tmp_path: Path) -> Path:
-    """A llama of two layers with random weights."""
-    config = {
-        "model_type": "llama",
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 300,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "hidden_act": "silu",
-        "tie_word_embeddings": True,
-    }
-    shapes = {"model.embed_tokens.weight": (300, 64), "model.norm.weight": (64,)}
-    for i in range(2):
-        layer = f"model.layers.{i}."
-        shapes |= {
-            f"{layer}input_layernorm.weight": (64,),
-            f"{layer}post_attention_layernorm.weight": (64,),
-            f"{layer}self_attn.q_proj.weight": (64, 64),
-            f"{layer}self_attn.k_proj.weight": (32, 64),
-            f"{layer}self_attn.v_proj.weight": (32, 64),
-            f"{layer}self_attn.o_proj.weight": (64, 64),
-            f"{layer}mlp.gate_proj.weight": (96, 64),
-            f"{layer}mlp.up_proj.weight": (96, 64),
-            f"{layer}mlp.down_proj.weight": (64, 96),
-        }
-    folder = tmp_path / "tiny"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    tensors = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
-    save_file(tensors, folder / "model.safetensors")
-    return folder
-
-
-def test_inspect(tiny_model: Path) -> None:
-    report = json.loads(invoke("inspect", str(tiny_model), "--json", "--memory", "1GiB").stdout)
-    num_parameters = 300 * 64 + 64 + 2 * (2 * 64 + 2 * 64 * 64 + 2 * 32 * 64 + 3 * 96 * 64)
-    assert report["num_parameters"] == num_parameters
-    assert report["weights_bytes"] == 4 * num_parameters
-    assert report["tensor_types"] == {"F32": {"num_tensors": 20, "bytes": 4 * num_parameters}}
-    # Keys and values of 2 heads of 16 channels in bf16, in two layers.
-    (cache,) = report["cache"]
-    assert cache["bytes_per_token"] == 2 * (2 * 2 * 16 * 2)
-    assert report["max_context"] == report["trained_context"] == 4096
-    text = invoke("inspect", str(tiny_model)).stdout
-    assert "llama: 2 layers" in text
-    assert "256 bytes a token, 128 a layer" in text
-
-
-def test_inspect_obeys_the_budget(tiny_model: Path) -> None:
-    memory_bytes = 500_000 + 1000 * 256
-    arguments = ["inspect", str(tiny_model), "--json", "--memory", str(memory_bytes)]
-    report = json.loads(invoke(*arguments).stdout)
-    expected = (memory_bytes - report["weights_bytes"]) // (32 * 256) * 32
-    assert report["max_context"] == expected < 4096
-    assert invoke("inspect", str(tiny_model), "--memory", "100KiB").exit_code == 2

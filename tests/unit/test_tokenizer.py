@@ -125,11 +125,18 @@ def test_tokens_that_end_an_answer(byte_level: Tokenizer) -> None:
         "<|endoftext|>",
     }
     metadata = byte_level_metadata()
-    metadata["tokenizer.ggml.token_type"][metadata["tokenizer.ggml.bos_token_id"]] = (
-        TokenType.USER_DEFINED
-    )
+    del metadata["tokenizer.ggml.bos_token_id"]
+    kinds = metadata["tokenizer.ggml.token_type"]
+    kinds[kinds == TokenType.CONTROL] = TokenType.USER_DEFINED
     tokenizer = Tokenizer.from_gguf(metadata)
     assert {tokenizer.token_text(i) for i in tokenizer.eos_token_ids} == {"<|im_end|>"}
+
+
+def test_the_token_that_ends_a_turn_is_control_even_if_marked_as_text() -> None:
+    metadata = byte_level_metadata()
+    eos = metadata["tokenizer.ggml.eos_token_id"]
+    metadata["tokenizer.ggml.token_type"][eos] = TokenType.USER_DEFINED
+    assert eos not in Tokenizer.from_gguf(metadata).encode("<|im_end|>")
 
 
 def test_ids_beyond_the_vocabulary_have_no_text(byte_level: Tokenizer) -> None:

@@ -1,0 +1,102 @@
+"""``tael inspect`` on a model of zeros."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from click.testing import CliRunner
+from safetensors.numpy import save_file
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+
+from tael import LLM
+from tael.cli.main import main
+
+
+def inspect(*arguments: str) -> str:
+    result = CliRunner().invoke(main, ["inspect", *arguments])
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture
+def tiny_model(tmp_path: Path) -> Path:
+    """A llama of two layers, all weights zero."""
+    config = {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 300,
+        "max_position_embeddings": 1 << 20,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": True,
+    }
+    shapes = {"model.embed_tokens.weight": (300, 64), "model.norm.weight": (64,)}
+    for i in range(2):
+        layer = f"model.layers.{i}."
+        shapes |= {
+            f"{layer}input_layernorm.weight": (64,),
+            f"{layer}post_attention_layernorm.weight": (64,),
+            f"{layer}self_attn.q_proj.weight": (64, 64),
+            f"{layer}self_attn.k_proj.weight": (32, 64),
+            f"{layer}self_attn.v_proj.weight": (32, 64),
+            f"{layer}self_attn.o_proj.weight": (64, 64),
+            f"{layer}mlp.gate_proj.weight": (96, 64),
+            f"{layer}mlp.up_proj.weight": (96, 64),
+            f"{layer}mlp.down_proj.weight": (64, 96),
+        }
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    vocab = {character: i for i, character in enumerate(sorted(ByteLevel.alphabet()))}
+    tokenizer = tokenizers.Tokenizer(BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    tensors = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_inspect(tiny_model: Path) -> None:
+    report = json.loads(inspect(str(tiny_model), "--json", "--memory", "1GiB"))
+    num_parameters = 300 * 64 + 64 + 2 * (2 * 64 + 2 * 64 * 64 + 2 * 32 * 64 + 3 * 96 * 64)
+    assert report["num_parameters"] == num_parameters
+    assert report["weights_bytes"] == 4 * num_parameters
+    assert report["tensor_types"] == {"F32": {"num_tensors": 20, "bytes": 4 * num_parameters}}
+    # Keys and values of 2 heads of 16 channels in bf16, in two layers.
+    (cache,) = report["cache"]
+    assert cache["bytes_per_token"] == 2 * (2 * 2 * 16 * 2)
+    assert report["max_context"] == report["trained_context"] == 1 << 20
+    text = inspect(str(tiny_model))
+    assert "llama: 2 layers" in text
+    assert "256 bytes a token, 128 a layer" in text
+
+
+def test_inspect_says_what_a_run_would_get(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("tael.memory.process.rss_bytes", lambda: 0)
+    monkeypatch.setattr("tael.llm.rss_bytes", lambda: 0)
+    report = json.loads(inspect(str(tiny_model), "--json", "--memory", "128MiB"))
+    with LLM(str(tiny_model), memory="128MiB") as llm:
+        assert report["max_context"] == llm.engine.max_model_len < 1 << 20
+
+
+def test_inspect_of_a_model_that_does_not_fit(tiny_model: Path) -> None:
+    report = json.loads(inspect(str(tiny_model), "--json", "--memory", "1MiB"))
+    assert report["max_context"] == 0
+    assert "too small" in report["problem"]
+    assert report["num_layers"] == 2
+    assert report["problem"] in inspect(str(tiny_model), "--memory", "1MiB")
