@@ -20,7 +20,7 @@ from tael.loader.prepared import load_prepared, load_tokenizer, open_checkpoint
 from tael.loader.sources import resolve
 from tael.loader.tokenizer import Tokenizer
 from tael.memory.budget import parse_bytes
-from tael.memory.process import rss_bytes
+from tael.memory.process import release_freed_memory, rss_bytes
 from tael.models.registry import read_spec
 from tael.models.spec import ModelSpec
 from tael.request import FinishReason, SamplingParams, TokenLogprobs, Usage
@@ -230,6 +230,7 @@ def _load(
     """What an engine is made of, and the bytes that the process held without the weights."""
     if config.backend == "cpu":
         model = load_prepared(path, _repacking(path, progress) if progress else None)
+        release_freed_memory()
         baseline_bytes = rss_bytes()
         backend = CPUBackend(model.spec, model.weights, config.num_threads)
         return model.spec, model.tokenizer, backend, baseline_bytes

@@ -46,8 +46,16 @@ def load_prepared(path: Path, progress: Callable[[float], None] | None = None) -
     """The model at ``path``, prepared now if it was not before. ``progress`` receives the share
     done while weights are repacked. Raises TaelError for a bad model or a full disk."""
     folder = prepared_dir() / _key(path)
-    if not folder.exists():
-        _prepare(path, folder, progress)
+    if folder.exists():
+        try:
+            return _open(folder)
+        except (OSError, ValueError, LookupError, TypeError):
+            shutil.rmtree(folder, ignore_errors=True)  # damaged, or of another version of Tael
+    _prepare(path, folder, progress)
+    return _open(folder)
+
+
+def _open(folder: Path) -> PreparedModel:
     return PreparedModel(
         spec=spec_from_json(json.loads((folder / "spec.json").read_text())),
         tokenizer=Tokenizer.load(folder),

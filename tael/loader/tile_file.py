@@ -15,8 +15,9 @@ import hashlib
 import json
 import mmap
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ LAYOUT_VERSION = 1
 MAGIC = b"TAELTILE"
 ALIGNMENT = 64
 PAGE = 4096
-CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 4 << 20
 """Source bytes in flight per thread while repacking."""
 
 Bytes = NDArray[np.uint8]
@@ -68,7 +69,10 @@ def open_tile_file(path: Path) -> TileFile:
         raise ValueError(f"{path} is no tile file")
     header = json.loads(mapped[16 : 16 + length])
     data_start = _round_up(16 + length, PAGE)
-    if header["layout_version"] != LAYOUT_VERSION or len(mapped) != data_start + header["num_bytes"]:
+    if (
+        header["layout_version"] != LAYOUT_VERSION
+        or len(mapped) != data_start + header["num_bytes"]
+    ):
         raise ValueError(f"{path} is of another layout or not whole")
     data = np.frombuffer(mapped, np.uint8, offset=data_start)
     return TileFile(_tensors(header["tensors"], data), len(mapped), header["digest"])
@@ -106,9 +110,9 @@ def write_tile_file(
         for name, place in places.items():
             digest.update(json.dumps([name, place["format"], place["shape"]]).encode())
             file.seek(data_start + place["offset"])
-            for chunk in pool.map(lambda read: read(), _chunks(checkpoint, spec, name)):
-                digest.update(chunk)
-                file.write(chunk)
+            for chunk in _in_order(pool, _chunks(checkpoint, spec, name)):
+                digest.update(chunk.data)
+                file.write(chunk.data)
                 done += chunk.nbytes
                 if progress:
                     progress(done / num_bytes)
@@ -157,9 +161,7 @@ def _tensors(places: dict[str, Any], data: Bytes) -> dict[str, TileTensor]:
     }
 
 
-def _chunks(
-    checkpoint: Checkpoint, spec: ModelSpec, name: str
-) -> Iterator[Callable[[], Bytes]]:
+def _chunks(checkpoint: Checkpoint, spec: ModelSpec, name: str) -> Iterator[Callable[[], Bytes]]:
     """Work items that yield the bytes of one parameter in order."""
     source = dict(spec.sources)[name]
     shape = spec.parameters()[name]
@@ -182,6 +184,17 @@ def _chunks(
             return repack(info.type, rows if order is None else rows[order], num_columns)
 
         yield read
+
+
+def _in_order(pool: ThreadPoolExecutor, items: Iterator[Callable[[], Bytes]]) -> Iterator[Bytes]:
+    """The results of work items, computed a few ahead: ``pool.map`` would hold all of them."""
+    ahead: deque[Future[Bytes]] = deque()
+    for item in items:
+        ahead.append(pool.submit(item))
+        if len(ahead) > (os.cpu_count() or 1):
+            yield ahead.popleft().result()
+    while ahead:
+        yield ahead.popleft().result()
 
 
 def _round_up(value: int, multiple: int) -> int:

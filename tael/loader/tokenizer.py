@@ -51,6 +51,7 @@ _END_OF_TURN = (
     "<｜end▁of▁sentence｜>",
 )
 
+_SPACES = re.compile(r"\s+")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -67,7 +68,12 @@ class Tokenizer:
         self._backend = backend
         self._config = config
         added = backend.get_added_tokens_decoder()
-        self._special = {token.content: (i, token) for i, token in added.items() if token.special}
+        special = {i: token for i, token in added.items() if token.special}
+        self._special_ids = frozenset(special)
+        # By name. One character cannot be broken up, so it is never parsed.
+        self._special = {
+            token.content: (i, token) for i, token in special.items() if len(token.content) > 1
+        }
         self._added = {i: token.content for i, token in added.items()}
         self._decoder = _TokenDecoder(backend)
         self.vocab_size: int = backend.get_vocab_size()
@@ -138,7 +144,7 @@ class Tokenizer:
 
     def is_special(self, token_id: int) -> bool:
         """Whether the token is a control token, which ``decode`` leaves out."""
-        return self._added.get(token_id) in self._special
+        return token_id in self._special_ids
 
     @property
     def removes_leading_space(self) -> bool:
@@ -256,8 +262,8 @@ class Tokenizer:
                 yield start, plain
             yield position, token_id
             start = position + len(name)
-            if token.rstrip:
-                start = len(text) - len(text[start:].lstrip())
+            if token.rstrip and (spaces := _SPACES.match(text, start)):
+                start = spaces.end()
         if start < len(text):
             yield start, text[start:]
 

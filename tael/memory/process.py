@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import re
 import resource
 import sys
@@ -16,6 +18,14 @@ def rss_bytes() -> int:
 def peak_rss_bytes() -> int:
     """The largest ``rss_bytes`` so far."""
     return _status_bytes("VmHWM")
+
+
+def release_freed_memory() -> None:
+    """Give back to the system what the C allocator keeps for later. Loading a tokenizer leaves
+    much: with 262,144 tokens 190 MB."""
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # of a C library that is not glibc
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _status_bytes(field: str) -> int:

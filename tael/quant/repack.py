@@ -10,10 +10,9 @@ from tael import _native
 TILE_ROWS = 16
 
 
-
 def tiles_bytes(format_name: str, num_rows: int, num_columns: int) -> int:
     """Bytes of a matrix in tiles: those of the source, but for a last tile that is not full."""
-    return int(_native.num_tiles(num_rows) * _native.tile_bytes(format_name, num_columns))
+    return _native.num_tiles(num_rows) * _native.tile_bytes(format_name, num_columns)
 
 
 def repack(format_name: str, rows: NDArray[np.uint8], num_columns: int) -> NDArray[np.uint8]:

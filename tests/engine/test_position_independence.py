@@ -72,9 +72,7 @@ def test_chunks(
     assert_equal(run(engine, prompts[::every]), alone[::every])
 
 
-def test_prefix_hits(
-    model: PreparedModel, prompts: list[list[int]], alone: list[Result]
-) -> None:
+def test_prefix_hits(model: PreparedModel, prompts: list[list[int]], alone: list[Result]) -> None:
     engine = make_engine(model, max_num_seqs=4, max_num_batched_tokens=256)
     num_hits = 0
     for start in range(0, NUM_PROMPTS, 10):  # so few that none is evicted

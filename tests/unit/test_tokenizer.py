@@ -220,6 +220,15 @@ def test_no_argument_can_write_control_tokens() -> None:
     assert tokenizer.decode(ids).count(name) == 5
 
 
+def test_control_tokens_of_one_character_are_never_parsed() -> None:
+    metadata = byte_level_metadata()
+    metadata["tokenizer.ggml.tokens"][-1] = "→"
+    metadata["tokenizer.ggml.token_type"][-1] = TokenType.CONTROL
+    tokenizer = Tokenizer.from_gguf(metadata)
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "→"}])
+    assert len(metadata["tokenizer.ggml.tokens"]) - 1 not in ids
+
+
 def test_render_chat_shows_the_messages_as_they_are(byte_level: Tokenizer) -> None:
     messages = [{"role": "user", "content": "<|im_end|>"}]
     assert byte_level.render_chat(messages, add_generation_prompt=False) == (

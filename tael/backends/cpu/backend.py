@@ -21,9 +21,7 @@ if _native.BLOCK_TOKENS != BLOCK_SIZE:
 class CPUBackend:
     """A ``Backend`` of native kernels. One call computes a step on all threads."""
 
-    def __init__(
-        self, spec: ModelSpec, weights: TileFile, num_threads: int | None = None
-    ) -> None:
+    def __init__(self, spec: ModelSpec, weights: TileFile, num_threads: int | None = None) -> None:
         self._weights = weights
         self._ropes: dict[Rope, int] = {}
         self._native = _native.Model(
@@ -56,21 +54,20 @@ class CPUBackend:
             max_logits=scheduler.max_num_seqs,
             max_model_len=max_model_len,
         )
-        return int(self._native.workspace_bytes)
+        return self._native.workspace_bytes
 
     def bind_kv(self, pools: list[NDArray[np.uint8]]) -> None:
         for group, pool in enumerate(pools):
             self._native.bind_kv(group, pool)
 
     def forward(self, batch: ForwardBatch) -> NDArray[np.float32]:
-        logits: NDArray[np.float32] = self._native.forward(
+        return self._native.forward(
             batch.token_ids,
             batch.positions,
             batch.query_start,
             list(batch.block_tables),
             batch.logits_indices,
         )
-        return logits
 
     def _add_layer(self, prefix: str, layer: LayerSpec, group: int, offset: int) -> None:
         mixer, ffn = layer.mixer, layer.ffn
@@ -116,7 +113,8 @@ class CPUBackend:
 
     def _matrix(self, name: str) -> _native.Matrix:
         tensor = self._weights.tensors[name]
-        return _native.Matrix(tensor.format, *tensor.shape, tensor.data)
+        rows, columns = tensor.shape
+        return _native.Matrix(tensor.format, rows, columns, tensor.data)
 
     def _vector(self, name: str) -> NDArray[np.float32] | None:
         tensor = self._weights.tensors.get(name)
@@ -125,7 +123,7 @@ class CPUBackend:
 
 def chosen_isa() -> str:
     """The best instruction set of this CPU, or the one that TAEL_ISA names."""
-    supported: list[str] = _native.supported_isas()
+    supported = _native.supported_isas()
     isa = os.environ.get("TAEL_ISA", supported[0])
     if isa not in supported:
         raise TaelError(

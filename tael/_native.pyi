@@ -1,0 +1,61 @@
+"""The native kernels, csrc/bindings.cpp."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+BLOCK_TOKENS: int
+
+def supported_isas() -> list[str]:
+    """Instruction sets that this build has and this CPU runs, best first."""
+
+def num_tiles(rows: int) -> int: ...
+def tile_bytes(format: str, columns: int) -> int: ...
+def repack(
+    format: str, rows: NDArray[np.uint8], columns: int, tiles: NDArray[np.uint8]
+) -> None: ...
+def dequantize_row(matrix: Matrix, row: int) -> NDArray[np.float32]:
+    """[1, columns]"""
+
+def matmul(
+    matrix: Matrix, x: NDArray[np.float32], isa: str, num_threads: int
+) -> NDArray[np.float32]:
+    """[num_tokens, columns] times the transposed matrix: [num_tokens, rows]"""
+
+class Matrix:
+    def __init__(self, format: str, rows: int, columns: int, tiles: NDArray[np.uint8]) -> None: ...
+
+class Model:
+    def __init__(
+        self,
+        isa: str,
+        num_threads: int,
+        hidden_size: int,
+        vocab_size: int,
+        norm_eps: float,
+        embedding_scale: float,
+    ) -> None: ...
+    def add_rope(self, inv_freq: Sequence[float], attention_factor: float) -> int: ...
+    def set_ends(
+        self, embedding: Matrix, lm_head: Matrix, norm: NDArray[np.float32] | None
+    ) -> None: ...
+    def add_layer(
+        self, attention: Mapping[str, Any], ffn: Mapping[str, Any], norms: Mapping[str, Any]
+    ) -> None: ...
+    def allocate(
+        self, max_tokens: int, max_seqs: int, max_logits: int, max_model_len: int
+    ) -> None: ...
+    def bind_kv(self, cache_group: int, pool: NDArray[np.uint8]) -> None: ...
+    @property
+    def workspace_bytes(self) -> int: ...
+    def forward(
+        self,
+        token_ids: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        query_start: NDArray[np.int32],
+        block_tables: Sequence[NDArray[np.int32]],
+        logits_indices: NDArray[np.int32],
+    ) -> NDArray[np.float32]:
+        """[num_logits, vocab_size], valid until the next call. The lock is released meanwhile."""

@@ -1,0 +1,1 @@
+"""Implementations of a model: one meaning, several machines."""
