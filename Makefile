@@ -6,7 +6,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 .PHONY: run test test-fast lint clean
 
 run: $(VENV)/.installed
-	$(BIN)/tael run "Which licence is this, and may I sell copies of what it covers?" --file LICENSE.summary --max-tokens 96 --temperature 0
+	$(BIN)/tael run "In which year did China replace the tael?" --file examples/tael.txt --temperature 0 --max-tokens 64
 
 test: lint
 	$(BIN)/pytest

@@ -148,7 +148,7 @@ def main() -> None:
     tokenizer = load_prepared(args.model).tokenizer
     ids = np.array(tokenizer.encode(evaluation_text(), add_special_tokens=False))
     tokens = ids[: args.chunks * CONTEXT].reshape(args.chunks, CONTEXT)
-    if tokenizer.adds_bos:
+    if len(tokenizer.encode("")):  # llama-perplexity begins every chunk with bos, if there is one
         tokens[:, 0] = tokenizer.bos_token_id
     base = reference_logits(args.model, tokens)
     kld, same_top = divergence(base, tael_logits(args.model, tokens))
