@@ -1,0 +1,43 @@
+"""Figures in documents are those of the result files, and links lead somewhere."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def kld_row(result: dict[str, object]) -> str:
+    """The row of a result of benchmarks/kld.py."""
+    tael, peer = result["tael"], result["llama.cpp"]
+    assert isinstance(tael, dict) and isinstance(peer, dict)
+    return (
+        f"| {result['model']} | {result['positions']:,} "
+        f"| {tael['mean_kld']:.5f} | {peer['mean_kld']:.5f} "
+        f"| {100 * tael['same_top']:.1f}% | {100 * peer['same_top']:.1f}% |"
+    )
+
+
+def test_divergence_table() -> None:
+    results = sorted((ROOT / "benchmarks" / "results").glob("kld-*.json"))
+    expected = [kld_row(json.loads(path.read_text())) for path in results]
+    rows = re.findall(r"^\| .*\.gguf \|.*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert expected and sorted(rows) == sorted(expected)
+
+
+def test_activation_rounding_table() -> None:
+    path = ROOT / "benchmarks" / "results" / "activation-rounding.json"
+    cases = json.loads(path.read_text())["cases"]
+    rows = re.findall(r"^\| (.*) \| (\d\.\d+) \|$", (ROOT / "docs/kernels.md").read_text(), re.M)
+    assert rows == [(name, f"{case['mean_kld']:.5f}") for name, case in cases.items()]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_links(path: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", path.read_text()):
+        assert (path.parent / target).exists(), target
