@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from tael.errors import TaelError
+
 BLOCK_SIZE = 32
 """Tokens per KV block. Kernels accumulate attention in chunks of one block."""
+
+MAX_THREADS = 1024
+"""More than any machine has cores: a slip of the keyboard."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,3 +39,12 @@ class EngineConfig:
     max_model_len: int | None = None
     num_threads: int | None = None
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+
+    def __post_init__(self) -> None:
+        if self.max_model_len is not None and self.max_model_len < 1:
+            raise TaelError(f"a context of {self.max_model_len} tokens holds nothing; raise it.")
+        if not 0 <= (self.num_threads or 0) <= MAX_THREADS:
+            raise TaelError(
+                f"cannot compute with {self.num_threads} threads; give 1 to {MAX_THREADS}, or "
+                "nothing for one per core."
+            )

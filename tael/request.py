@@ -62,7 +62,8 @@ class SamplingParams:
             "presence_penalty must be between -2 and 2": -2.0 <= self.presence_penalty <= 2.0,
             "frequency_penalty must be between -2 and 2": -2.0 <= self.frequency_penalty <= 2.0,
             "logprobs must be between 0 and 20": self.logprobs is None or 0 <= self.logprobs <= 20,
-            "stop must list strings, none empty": not isinstance(self.stop, str) and all(self.stop),
+            "stop must list strings, none empty": not isinstance(self.stop, str)
+            and all(isinstance(stop, str) and stop for stop in self.stop),
             "n must be between 1 and 128": 1 <= self.n <= 128,
         }
         for message, holds in checks.items():

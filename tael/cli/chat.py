@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import signal
 import sys
@@ -65,6 +66,8 @@ def command(
 
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  importing it gives input() line editing and history
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a byte that is no text must not end the program
 
     params = SamplingParams(**sampling)
     model = model or DEFAULT_MODEL
@@ -87,6 +90,8 @@ def command(
                 chat.handle(text)
             except TaelError as error:
                 click.echo(f"tael: {error}", err=True)
+            except KeyboardInterrupt:  # while a long conversation became tokens
+                click.echo()
 
 
 def read_message() -> str:
@@ -183,11 +188,11 @@ class Chat:
         # Steps the engine itself instead of using LLM.stream: an interrupt must not fall into the
         # middle of a step, and must be seen while a long prompt is read.
         engine = self.llm.engine
-        engine.add_request("chat", token_ids, self.params)
         text = ""
         usage: Usage | None = None
         reason: FinishReason | None = None
         with interrupts() as interrupted:
+            engine.add_request("chat", token_ids, self.params)
             while usage is None:
                 for delta in engine.step():
                     click.echo(delta.text, nl=False)
@@ -222,7 +227,7 @@ class Chat:
             texts = [turn["content"] for turn in turns] + ([] if system is None else [system])
         except OSError as error:
             raise TaelError(f'cannot read "{rest}": {error.strerror}.') from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise TaelError(f"{rest} is not a conversation that /save wrote.") from error
         expected = ["user", "assistant"] * (len(roles) // 2)
         if roles != expected or not all(isinstance(text, str) for text in texts):

@@ -6,6 +6,7 @@ only click at the top, so that ``--help`` and ``--version`` answer at once.
 
 from __future__ import annotations
 
+import errno
 import importlib
 
 import click
@@ -13,7 +14,7 @@ import click
 from tael import __version__
 from tael.errors import TaelError
 
-COMMANDS = ("run", "chat", "pull", "rm", "inspect")
+COMMANDS = ("run", "chat", "pull", "rm", "inspect", "bench")
 
 
 class _Failure(click.ClickException):
@@ -40,6 +41,10 @@ class _Commands(click.Group):
             return super().invoke(ctx)
         except TaelError as error:
             raise _Failure(str(error)) from error
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise _Failure(f"cannot write: {error.strerror}; free some space.") from error
         except KeyboardInterrupt:
             ctx.exit(130)
 

@@ -74,7 +74,12 @@ def _model_and_question(words: tuple[str, ...]) -> tuple[str, str]:
 def _prompt_text(question: str, files: tuple[str, ...]) -> str:
     """The files, each under its name, and then the question."""
     if question == "-":
-        question = sys.stdin.read()
+        try:
+            question = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise TaelError(
+                "standard input is not text in this terminal's encoding; convert it first."
+            ) from error
     parts = [f"{Path(file).name}:\n\n{_read_text(Path(file))}" for file in files]
     return "\n\n".join([*parts, question])
 

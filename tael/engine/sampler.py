@@ -36,9 +36,9 @@ class Sampler:
         Raises FloatingPointError if the logits have a NaN or no finite maximum.
         """
         request, params = self._request, self._request.params
-        if not np.isfinite(logits.max()):  # max() propagates NaN
-            raise FloatingPointError("the model's logits are not finite")
         adjusted = self.adjust(logits)
+        if not np.isfinite(adjusted.max()):  # max() propagates NaN
+            raise FloatingPointError("the logits are not finite")
         if params.temperature == 0.0:
             token_id = int(adjusted.argmax())
         else:
@@ -79,7 +79,8 @@ def candidates(logits: Logits, params: SamplingParams) -> tuple[TokenIds, Logits
     left, renormalised: temperature, then top_k, then top_p, then min_p. Of tokens that are
     equally likely at a filter's edge, those with the lowest ids stay.
     """
-    logits = (logits - logits.max()) / np.float32(params.temperature)
+    # Below this a division could overflow; draws are greedy long before.
+    logits = (logits - logits.max()) / np.float32(max(params.temperature, 1e-20))
     ids = np.arange(len(logits))
     if 0 < params.top_k < len(ids):
         ids = _largest(logits, params.top_k)

@@ -3,17 +3,18 @@
 A prepared model is a folder: ``weights.tael`` (see ``tile_file``), ``spec.json``, the files of
 ``Tokenizer.save`` and ``source.json``, which names what it was made from. A warm start maps the
 first and reads the others; the original is not opened. The folder is made beside its place and
-renamed, so it is whole or absent.
+renamed, so it is whole or absent; one process at a time does that.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,11 @@ from tael.models.registry import read_spec
 from tael.models.spec import ModelSpec
 from tael.models.spec_json import spec_from_json, spec_to_json
 
+SCRATCH_SUFFIX = ".part"
+
+_DAMAGED = (OSError, ValueError, LookupError, TypeError, TaelError)
+"""What reading a prepared model raises if it is not whole."""
+
 
 @dataclass(frozen=True, slots=True)
 class PreparedModel:
@@ -46,13 +52,21 @@ def load_prepared(path: Path, progress: Callable[[float], None] | None = None) -
     """The model at ``path``, prepared now if it was not before. ``progress`` receives the share
     done while weights are repacked. Raises TaelError for a bad model or a full disk."""
     folder = prepared_dir() / _key(path)
-    if folder.exists():
-        try:
+    with suppress(*_DAMAGED):
+        return _open(folder)
+    try:
+        with _only_process(folder.parent):
+            with suppress(*_DAMAGED):
+                return _open(folder)
+            # It is absent, damaged or of another version of Tael.
+            shutil.rmtree(folder, ignore_errors=True)
+            _prepare(path, folder, progress)
             return _open(folder)
-        except (OSError, ValueError, LookupError, TypeError):
-            shutil.rmtree(folder, ignore_errors=True)  # damaged, or of another version of Tael
-    _prepare(path, folder, progress)
-    return _open(folder)
+    except OSError as error:
+        raise TaelError(
+            f"cannot write the repacked model to {folder.parent}: {error.strerror}; free some "
+            "space or set XDG_CACHE_HOME to another place."
+        ) from error
 
 
 def _open(folder: Path) -> PreparedModel:
@@ -82,40 +96,46 @@ def _key(path: Path) -> str:
     return hashlib.sha256(json.dumps([LAYOUT_VERSION, stats]).encode()).hexdigest()[:32]
 
 
+@contextmanager
+def _only_process(folder: Path) -> Iterator[None]:
+    """Let one process at a time write to ``folder``, and remove what others left unfinished when
+    they were killed. The kernel drops the lock of a dead process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(folder.name + ".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for scratch in folder.glob(f"*{SCRATCH_SUFFIX}"):
+            shutil.rmtree(scratch, ignore_errors=True)
+        yield
+
+
 def _prepare(path: Path, folder: Path, progress: Callable[[float], None] | None) -> None:
     checkpoint = open_checkpoint(path)
     spec = read_spec(checkpoint)
     tokenizer = load_tokenizer(path, checkpoint)
+    _remove_older(path, folder.parent)
     needed = tile_file_bytes(checkpoint, spec)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_older(path, folder.parent)
-        free = shutil.disk_usage(folder.parent).free
-        if free < needed:
-            raise TaelError(
-                f"repacking needs {needed >> 20} MiB in {folder.parent}, and {free >> 20} MiB are "
-                "free; free some space or set XDG_CACHE_HOME to another disk."
-            )
-        scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-        try:
-            write_tile_file(scratch / "weights.tael", checkpoint, spec, progress)
-            tokenizer.save(scratch)
-            (scratch / "spec.json").write_text(json.dumps(spec_to_json(spec)))
-            (scratch / "source.json").write_text(json.dumps({"path": str(path.resolve())}))
-            os.rename(scratch, folder)
-        except BaseException:
-            shutil.rmtree(scratch, ignore_errors=True)
-            if not folder.exists():  # else another process has prepared the model meanwhile
-                raise
-    except OSError as error:
+    free = shutil.disk_usage(folder.parent).free
+    if free < needed:
         raise TaelError(
-            f"cannot write the repacked model to {folder.parent}: {error.strerror}; free some "
-            "space or set XDG_CACHE_HOME to another place."
-        ) from error
+            f"repacking needs {needed >> 20} MiB in {folder.parent}, and {free >> 20} MiB are "
+            "free; free some space or set XDG_CACHE_HOME to another disk."
+        )
+    scratch = folder.with_name(folder.name + SCRATCH_SUFFIX)
+    scratch.mkdir()
+    try:
+        write_tile_file(scratch / "weights.tael", checkpoint, spec, progress)
+        tokenizer.save(scratch)
+        (scratch / "spec.json").write_text(json.dumps(spec_to_json(spec)))
+        (scratch / "source.json").write_text(json.dumps({"path": str(path.resolve())}))
+        os.rename(scratch, folder)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
 
 
 def _remove_older(path: Path, folder: Path) -> None:
     """Earlier states of the same file."""
     for source in folder.glob("*/source.json"):
-        if json.loads(source.read_text()).get("path") == str(path.resolve()):
-            shutil.rmtree(source.parent, ignore_errors=True)
+        with suppress(*_DAMAGED):
+            if json.loads(source.read_text())["path"] == str(path.resolve()):
+                shutil.rmtree(source.parent, ignore_errors=True)

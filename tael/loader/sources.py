@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -59,11 +60,16 @@ def remove(name: str) -> int:
     source = parse(name)
     freed_bytes = 0
     path = source.locate()
-    if path is not None:
-        for directory in _prepared_from(path):
-            freed_bytes += download.directory_bytes(directory)
-            shutil.rmtree(directory)
-    freed_bytes += source.remove()
+    try:
+        if path is not None:
+            for directory in _prepared_from(path):
+                freed_bytes += download.directory_bytes(directory)
+                shutil.rmtree(directory)
+        freed_bytes += source.remove()
+    except OSError as error:
+        raise TaelError(
+            f"cannot remove {error.filename}: {error.strerror}; check its permissions."
+        ) from error
     if freed_bytes == 0:
         raise TaelError(f"{name}: nothing to remove; tael pull --list shows what was pulled.")
     return freed_bytes
@@ -133,8 +139,9 @@ def parse(name: str) -> Source:
 
 def _prepared_from(source: Path) -> list[Path]:
     """The prepared folders that were made from a model."""
-    return [
-        record.parent
-        for record in prepared_dir().glob("*/source.json")
-        if Path(json.loads(record.read_text("utf-8"))["path"]).resolve() == source.resolve()
-    ]
+    folders = []
+    for record in prepared_dir().glob("*/source.json"):
+        with suppress(OSError, ValueError, LookupError, TypeError):  # of a damaged record
+            if Path(json.loads(record.read_text("utf-8"))["path"]).resolve() == source.resolve():
+                folders.append(record.parent)
+    return folders

@@ -56,6 +56,7 @@ class TileFile:
 
     tensors: dict[str, TileTensor]
     num_bytes: int
+    """Of the parameters."""
     digest: str
     """Of the parameters: equal digests mean equal weights."""
 
@@ -75,7 +76,7 @@ def open_tile_file(path: Path) -> TileFile:
     ):
         raise ValueError(f"{path} is of another layout or not whole")
     data = np.frombuffer(mapped, np.uint8, offset=data_start)
-    return TileFile(_tensors(header["tensors"], data), len(mapped), header["digest"])
+    return TileFile(_tensors(header["tensors"], data), header["num_bytes"], header["digest"])
 
 
 def blank_tile_file(checkpoint: Checkpoint, spec: ModelSpec) -> TileFile:

@@ -99,7 +99,8 @@ class Tokenizer:
     def save(self, directory: Path) -> None:
         """Write ``tokenizer.json`` and ``tokenizer_meta.json``, for ``load``."""
         directory.mkdir(parents=True, exist_ok=True)
-        self._backend.save(str(directory / "tokenizer.json"), pretty=False)
+        # Not its save(): that raises a bare Exception when the disk is full.
+        (directory / "tokenizer.json").write_text(self._backend.to_str(), encoding="utf-8")
         (directory / "tokenizer_meta.json").write_text(self._config.to_json(), encoding="utf-8")
 
     @classmethod

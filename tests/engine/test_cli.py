@@ -271,6 +271,23 @@ def test_run_refuses_a_file_that_is_not_text(llm: FakeLLM, tmp_path: Path) -> No
     assert "not a text file" in result.stderr
 
 
+def test_run_refuses_standard_input_that_is_not_text(llm: FakeLLM) -> None:
+    result = CliRunner().invoke(main, ["run", "-"], input=b"a\xffb")
+    assert result.exit_code == 2
+    assert "standard input is not text" in result.stderr
+
+
+def test_full_disk_under_the_output_is_one_line() -> None:
+    code = "from tael.cli.main import main; main(['pull', '--list'], prog_name='tael')"
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert result.returncode == 2
+    assert result.stderr.startswith("tael: cannot write: No space left on device; ")
+    assert result.stderr.count("\n") == 1
+
+
 def test_run_says_when_the_engine_failed(llm: FakeLLM) -> None:
     llm.engine.error = "a kernel broke"
     result = invoke("run", "hi")
@@ -336,6 +353,7 @@ def test_chat_survives_mistakes(llm: FakeLLM, line: str) -> None:
         '{"system": null, "messages": [{"role": "user", "content": "x"},'
         ' {"role": "system", "content": "y"}]}',
         '{"system": 3, "messages": []}',
+        "[" * 100_000,
     ],
 )
 def test_chat_loads_only_conversations(llm: FakeLLM, tmp_path: Path, conversation: str) -> None:
@@ -362,6 +380,27 @@ def test_interrupt_stops_the_answer_and_not_the_program(llm: FakeLLM) -> None:
     assert llm.engine.aborted == ["chat"]
     assert [turn["content"] for turn in llm.prompt] == ["first", "one two ", "second"]
     assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_interrupt_before_the_answer_does_not_end_the_program(
+    llm: FakeLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = llm.encode
+
+    def interrupted(prompt: Any) -> list[int]:
+        monkeypatch.setattr(llm, "encode", encode)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llm, "encode", interrupted)
+    result = invoke("chat", stdin="first\nsecond\n")
+    assert result.exit_code == 0
+    assert [turn["content"] for turn in llm.prompt] == ["second"]
+
+
+def test_chat_reads_bytes_that_are_no_text(llm: FakeLLM) -> None:
+    result = CliRunner().invoke(main, ["chat"], input=b"a\xffb\n")
+    assert result.exit_code == 0
+    assert [turn["content"] for turn in llm.prompt] == ["a\ufffdb"]
 
 
 def test_full_context_drops_the_oldest_turns(

@@ -1,4 +1,4 @@
-"""``tael inspect`` on a model of zeros."""
+"""``tael inspect`` and ``tael bench`` on a model of zeros."""
 
 from __future__ import annotations
 
@@ -94,9 +94,28 @@ def test_inspect_says_what_a_run_would_get(
         assert report["max_context"] == llm.engine.max_model_len < 1 << 20
 
 
-def test_inspect_of_a_model_that_does_not_fit(tiny_model: Path) -> None:
+def test_inspect_of_a_model_that_does_not_fit(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tael.memory.process.rss_bytes", lambda: 0)
     report = json.loads(inspect(str(tiny_model), "--json", "--memory", "1MiB"))
     assert report["max_context"] == 0
     assert "too small" in report["problem"]
     assert report["num_layers"] == 2
     assert report["problem"] in inspect(str(tiny_model), "--memory", "1MiB")
+
+
+def test_bench_measures_every_length_and_batch(tiny_model: Path) -> None:
+    arguments = [str(tiny_model), "--prompt", "40,600", "--batch", "1,3", "--decode", "2"]
+    arguments += ["--context", "2048", "--memory", "400MiB", "--runs", "1", "--json"]
+    result = CliRunner().invoke(main, ["bench", *arguments])
+    assert result.exit_code == 0, result.stderr
+    rows = json.loads(result.stdout)
+    assert [(row["prompt"], row["batch"]) for row in rows] == [(40, 1), (40, 3), (600, 1), (600, 3)]
+    assert all(row["prefill_tokens_per_s"] > 0 < row["decode_tokens_per_s"] for row in rows)
+
+
+def test_bench_refuses_nonsense(tiny_model: Path) -> None:
+    result = CliRunner().invoke(main, ["bench", str(tiny_model), "--prompt", "many"])
+    assert result.exit_code == 2
+    assert "no list of numbers" in result.stderr

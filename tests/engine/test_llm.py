@@ -21,7 +21,8 @@ from tael import LLM, AsyncLLM, SamplingParams, TaelError
 from tael.backends.base import ForwardBatch
 from tael.backends.reference import ReferenceBackend
 from tael.config import BLOCK_SIZE, EngineConfig, SchedulerConfig
-from tael.engine.engine import OVERHEAD_BYTES, Engine, OutputDelta
+from tael.engine.engine import Engine, OutputDelta, overhead_bytes
+from tael.evals.speed import measure
 from tael.llm import RequestOutput, gathered
 from tael.loader.safetensors import SafetensorsCheckpoint
 from tael.loader.tokenizer import Tokenizer
@@ -109,7 +110,7 @@ def make_engine(
     backend = backend_class(spec, checkpoint)
     scheduler = SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=64)
     (group,) = cache_groups(spec, BLOCK_SIZE)
-    taken = OVERHEAD_BYTES + backend.weights_bytes + backend.reserve(scheduler, MAX_LEN)
+    taken = overhead_bytes(spec) + backend.weights_bytes + backend.reserve(scheduler, MAX_LEN)
     config = EngineConfig(memory_bytes=taken + num_blocks * group.block_bytes, scheduler=scheduler)
     tokenizer = Tokenizer.from_directory(folder)
     return Engine(spec, backend, tokenizer, config, baseline_bytes=0)
@@ -373,7 +374,7 @@ def test_an_error_ends_one_request_only(folder: Path) -> None:
     assert poisoned["2"].outputs == healthy["2"].outputs
     for completion in poisoned["1"].outputs:
         assert completion.finish_reason is FinishReason.ERROR
-        assert completion.error == "the model's logits are not finite"
+        assert completion.error == "the logits are not finite"
 
 
 def with_async_llm(llm: LLM, body: Callable[[AsyncLLM], object]) -> None:
@@ -488,3 +489,15 @@ asyncio.run(main())
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60)
     assert (result.returncode, result.stdout, result.stderr) == (0, b"MainThread\n", b"")
+
+
+def test_speed_counts_what_was_computed(folder: Path) -> None:
+    engine = make_engine(folder)
+    alone = measure(engine, 100, 7)
+    assert (alone.num_prompt_tokens, alone.num_decoded_tokens) == (100, 7)
+    assert alone.prefill_tokens_per_s == pytest.approx(100 / alone.prefill_s)
+    # Prompts of 40 tokens in steps of 64: two start early and decode while the others wait.
+    together = measure(engine, 40, 7, batch_size=4)
+    assert 7 <= together.num_decoded_tokens < 4 * 7
+    assert engine.manager.num_prefix_hit_tokens == 0
+    assert_idle(engine)

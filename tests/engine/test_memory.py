@@ -21,7 +21,10 @@ llm = LLM(path, memory=memory)
 text = open(__import__("argparse").__file__).read()
 ids = llm.encode(text[: 5 * num_tokens])[:num_tokens]
 assert len(ids) == num_tokens
-params = SamplingParams(temperature=0.8, top_p=0.9, seed=1, max_tokens=8, ignore_eos=True)
+params = SamplingParams(  # what takes the most memory to sample
+    temperature=2.0, top_p=0.99, repetition_penalty=1.1, logprobs=20,
+    seed=1, max_tokens=8, ignore_eos=True,
+)
 prompts = [ids[i:] for i in range(num_prompts)]
 outputs = llm.generate(prompts, params)
 manager = llm.engine.manager

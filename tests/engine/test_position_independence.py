@@ -14,7 +14,7 @@ import pytest
 
 from tael.backends.cpu.backend import CPUBackend
 from tael.config import BLOCK_SIZE, EngineConfig, SchedulerConfig
-from tael.engine.engine import OVERHEAD_BYTES, Engine
+from tael.engine.engine import Engine, overhead_bytes
 from tael.engine.sampler import Logits
 from tael.loader.prepared import PreparedModel, load_prepared
 from tael.models.spec import cache_groups
@@ -133,7 +133,7 @@ def make_engine(
     config = EngineConfig(
         memory_bytes=backend.weights_bytes
         + workspace_bytes
-        + OVERHEAD_BYTES
+        + overhead_bytes(model.spec)
         + kv_blocks * group.block_bytes,
         max_model_len=MAX_MODEL_LEN,
         scheduler=scheduler,

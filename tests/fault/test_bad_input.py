@@ -4,9 +4,12 @@ code 2, and nothing half-written."""
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import gguf
 import numpy as np
@@ -15,7 +18,7 @@ from click.testing import CliRunner
 from tiny_models import CONFIGS, random_model, write_gguf
 
 from tael.cli.main import main
-from tael.loader import prepared, tile_file
+from tael.loader import prepared, sources, tile_file
 from tael.loader.paths import cache_dir
 
 
@@ -136,6 +139,73 @@ def test_damaged_prepared_model_is_made_again(smollm2: Path, cache: Path) -> Non
         assert weights.read_bytes() == whole
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_meta.json", "spec.json"])
+def test_damaged_part_of_a_prepared_model_is_made_again(
+    name: str, smollm2: Path, cache: Path
+) -> None:
+    prepared.load_prepared(smollm2)
+    (folder,) = (cache / "prepared").iterdir()
+    whole = (folder / name).read_bytes()
+    for damage in (whole[:10], b"", b'{"a": []}'):
+        (folder / name).write_bytes(damage)
+        prepared.load_prepared(smollm2)
+        assert (folder / name).read_bytes() == whole
+
+
+def test_damaged_record_of_another_model_is_passed_over(smollm2: Path, cache: Path) -> None:
+    other = cache / "prepared" / "other"
+    other.mkdir(parents=True)
+    (other / "source.json").write_text("[]")
+    prepared.load_prepared(smollm2)
+    assert sources.remove(str(smollm2)) > 0
+    assert [path.name for path in (cache / "prepared").iterdir()] == ["other"]
+
+
+def test_what_a_killed_process_left_is_removed(smollm2: Path, cache: Path) -> None:
+    code = (
+        "import os, signal\n"
+        "from pathlib import Path\n"
+        "from tael.loader.prepared import load_prepared\n"
+        f"load_prepared(Path({str(smollm2)!r}), lambda share: os.kill(os.getpid(), signal.SIGKILL))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=False)
+    assert not nothing_left(cache)
+    prepared.load_prepared(smollm2)
+    (folder,) = (cache / "prepared").iterdir()
+    assert (folder / "source.json").exists()
+
+
+def test_model_that_another_process_prepared_meanwhile_is_kept(
+    smollm2: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_prepared = prepared._open
+    inodes = []
+
+    def too_early(folder: Path) -> prepared.PreparedModel:
+        monkeypatch.setattr(prepared, "_open", open_prepared)
+        prepared.load_prepared(smollm2)
+        inodes.append(folder.stat().st_ino)
+        raise FileNotFoundError
+
+    monkeypatch.setattr(prepared, "_open", too_early)
+    prepared.load_prepared(smollm2)
+    assert [path.stat().st_ino for path in (cache / "prepared").iterdir()] == inodes
+
+
+def test_disk_that_fills_up_while_the_tokenizer_is_written(
+    smollm2: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = tile_file.write_tile_file
+
+    def write_and_fill(path: Path, *arguments: Any) -> None:
+        write(path, *arguments)
+        (path.parent / "tokenizer.json").symlink_to("/dev/full")
+
+    monkeypatch.setattr(prepared, "write_tile_file", write_and_fill)
+    assert "No space left on device" in run(smollm2)
+    assert nothing_left(cache)
+
+
 def test_prompt_longer_than_the_context(smollm2: Path, tmp_path: Path) -> None:
     document = tmp_path / "long.txt"
     document.write_text("All work and no play makes Jack a dull boy. " * 200)
@@ -149,6 +219,13 @@ def test_budget_too_small_for_the_weights(smollm2: Path) -> None:
 
 def test_nonsense_budget(smollm2: Path) -> None:
     assert '"lots"' in run(smollm2, "--memory", "lots")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("context", 0), ("context", -5), ("threads", -1), ("threads", 10**6)]
+)
+def test_nonsense_setting(option: str, value: int, smollm2: Path) -> None:
+    assert f" {value} " in run(smollm2, f"--{option}", str(value))
 
 
 def test_unknown_model() -> None:

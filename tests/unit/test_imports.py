@@ -13,7 +13,7 @@ import tael
 ROOT = Path(tael.__file__).parent
 LAYERS = [
     ("cli",),
-    ("llm", "async_llm"),
+    ("llm", "async_llm", "evals"),
     ("engine",),
     ("cache", "memory"),
     ("backends", "models", "quant", "loader"),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tael.engine.output import OutputProcessor, StopStrings
+from tael.errors import TaelError
 from tael.request import FinishReason, Request, SamplingParams
 
 EOS = 1_000_000
@@ -158,3 +161,9 @@ def test_the_end_shows_what_was_held_back() -> None:
 def test_a_stop_string_in_the_last_token_is_a_stop() -> None:
     _, _, reason = run([b"a", b"b"], SamplingParams(stop=["ab"], max_tokens=2))
     assert reason is FinishReason.STOP
+
+
+@pytest.mark.parametrize("stop", ["abc", [""], [5], [None]])
+def test_stop_must_list_strings(stop: Any) -> None:
+    with pytest.raises(TaelError, match="stop must list strings, none empty"):
+        SamplingParams(stop=stop)

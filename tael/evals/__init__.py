@@ -1,0 +1,1 @@
+"""Measurements of what an engine gives: speed here, quality to come."""
