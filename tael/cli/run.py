@@ -135,3 +135,5 @@ def _print_json(llm: LLM, model: str, prompt: Prompt, params: SamplingParams) ->
         },
     }
     click.echo(json.dumps(report, ensure_ascii=False))
+    if answer.error is not None:
+        raise TaelError(f"the answer broke off: {answer.error}.")

@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from tael.backends.reference import ReferenceBackend
 from tael.config import BLOCK_SIZE, EngineConfig, SchedulerConfig
 from tael.engine.engine import Engine, OutputDelta, overhead_bytes
 from tael.evals.speed import measure
-from tael.llm import RequestOutput, gathered
+from tael.llm import MAX_TOKEN_CHARACTERS, RequestOutput, gathered
 from tael.loader.safetensors import SafetensorsCheckpoint
 from tael.loader.tokenizer import Tokenizer
 from tael.models.registry import read_spec
@@ -501,3 +502,17 @@ def test_speed_counts_what_was_computed(folder: Path) -> None:
     assert 7 <= together.num_decoded_tokens < 4 * 7
     assert engine.manager.num_prefix_hit_tokens == 0
     assert_idle(engine)
+
+
+def test_threads_share_an_llm(llm: LLM) -> None:
+    expected = [output.text for output in llm.generate(PROMPTS, GREEDY)]
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda p: llm.generate(p, GREEDY)[0].text, PROMPTS * 5))
+    assert answers == expected * 5
+
+
+def test_text_that_cannot_fit_is_refused_before_it_is_tokenised(llm: LLM) -> None:
+    text = "a" * (MAX_LEN * MAX_TOKEN_CHARACTERS + 1)
+    for prompt in (text, [{"role": "user", "content": text}]):
+        with pytest.raises(TaelError, match="characters cannot fit the context of 256 tokens"):
+            llm.encode(prompt)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ class CPUBackend:
 
     def __init__(self, spec: ModelSpec, weights: TileFile, num_threads: int | None = None) -> None:
         self._weights = weights
+        self._process = os.getpid()
         self._ropes: dict[Rope, int] = {}
         self._native = _native.Model(
             chosen_isa(),
@@ -61,6 +63,10 @@ class CPUBackend:
             self._native.bind_kv(group, pool)
 
     def forward(self, batch: ForwardBatch) -> NDArray[np.float32]:
+        if os.getpid() != self._process:  # it would wait for them forever
+            raise TaelError(
+                "the threads of a model do not follow a fork; load the model in the new process."
+            )
         return self._native.forward(
             batch.token_ids,
             batch.positions,
@@ -133,10 +139,15 @@ def chosen_isa() -> str:
 
 
 def available_cores() -> int:
-    """Cores that this process may use, which a container may have fewer of than the machine."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Cores that this process may use: a container may have fewer than the machine, by affinity
+    or by a quota of its control group (version 2)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.exists():
+        limit, period = quota.read_text().split()
+        if limit != "max":
+            cores = min(cores or 1, round(int(limit) / int(period)))
+    return max(1, cores or 1)
 
 
 def _layer_offsets(
