@@ -22,7 +22,7 @@ ThreadPool::ThreadPool(int num_threads) : num_threads_(num_threads) {
 
 ThreadPool::~ThreadPool() {
   stopping_ = true;
-  run_.fetch_add(1, std::memory_order_release);
+  run_.fetch_add(1, std::memory_order_seq_cst);
   run_.notify_all();
   for (std::thread& thread : threads_) thread.join();
 }
@@ -30,7 +30,7 @@ ThreadPool::~ThreadPool() {
 void ThreadPool::run(const std::function<void(int)>& fn) {
   fn_ = &fn;
   next_item_.store(0, std::memory_order_relaxed);
-  run_.fetch_add(1, std::memory_order_release);
+  run_.fetch_add(1, std::memory_order_seq_cst);
   run_.notify_all();
   fn(0);
   barrier();
@@ -41,7 +41,9 @@ void ThreadPool::barrier() {
   if (num_arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == num_threads_) {
     num_arrived_.store(0, std::memory_order_relaxed);
     next_item_.store(0, std::memory_order_relaxed);
-    stage_.store(stage + 1, std::memory_order_release);
+    // Sequentially consistent: notify_all() skips the wake-up when it sees no waiter, and a plain
+    // store may become visible only after that look (seen once in 70,000 tries): a lost wake-up.
+    stage_.store(stage + 1, std::memory_order_seq_cst);
     stage_.notify_all();
   } else {
     wait_for_change(stage_, stage);

@@ -107,7 +107,7 @@ def test_inspect_of_a_model_that_does_not_fit(
 
 def test_bench_measures_every_length_and_batch(tiny_model: Path) -> None:
     arguments = [str(tiny_model), "--prompt", "40,600", "--batch", "1,3", "--decode", "2"]
-    arguments += ["--context", "2048", "--memory", "400MiB", "--runs", "1", "--json"]
+    arguments += ["--context", "2048", "--runs", "1", "--json"]
     result = CliRunner().invoke(main, ["bench", *arguments])
     assert result.exit_code == 0, result.stderr
     rows = json.loads(result.stdout)
