@@ -119,7 +119,8 @@ def run(
     chunks: list[list[int]],
 ) -> list[NDArray[np.float32]]:
     """The logits of every token of each sequence; step i computes chunk i of all of them."""
-    pages = [Pages(spec, s, len(sequences)) for s in range(len(sequences))]
+    num_tokens = max(len(tokens) for tokens in sequences)
+    pages = [Pages(spec, s, len(sequences), num_tokens) for s in range(len(sequences))]
     backend.bind_kv(
         [
             np.zeros((pages[0].num_blocks, group.block_bytes), np.uint8)
@@ -153,9 +154,9 @@ def run(
 class Pages:
     """The block tables of one of several sequences."""
 
-    def __init__(self, spec: ModelSpec, sequence: int, num_sequences: int) -> None:
+    def __init__(self, spec: ModelSpec, sequence: int, num_sequences: int, num_tokens: int) -> None:
         self.groups = cache_groups(spec, BLOCK_SIZE)
-        self.length = -(-NUM_TOKENS // BLOCK_SIZE)
+        self.length = -(-num_tokens // BLOCK_SIZE)
         self.num_blocks = self.length * num_sequences
         shuffled = np.random.default_rng(2).permutation(self.num_blocks).astype(np.int32)
         self.blocks = shuffled[sequence::num_sequences]
@@ -172,11 +173,18 @@ class Pages:
         return rows
 
 
-def cpu_backend(spec: ModelSpec, checkpoint: Checkpoint, folder: Path) -> CPUBackend:
-    """Ready for steps of 256 tokens that want the logits of all of them."""
+def cpu_backend(
+    spec: ModelSpec,
+    checkpoint: Checkpoint,
+    folder: Path,
+    *,
+    num_threads: int = 2,
+    max_tokens: int = 256,
+) -> CPUBackend:
+    """Ready for steps of ``max_tokens`` that want the logits of all of them."""
     write_tile_file(folder / "weights.tael", checkpoint, spec)
-    backend = CPUBackend(spec, open_tile_file(folder / "weights.tael"), num_threads=2)
-    backend.reserve(SchedulerConfig(max_num_seqs=256, max_num_batched_tokens=256), 256)
+    backend = CPUBackend(spec, open_tile_file(folder / "weights.tael"), num_threads)
+    backend.reserve(SchedulerConfig(max_tokens, max_tokens), max_model_len=2048)
     return backend
 
 

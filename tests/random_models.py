@@ -1,0 +1,195 @@
+"""Models of any shape with random weights, made in memory without torch, and a driver that
+computes sequences in any order of steps over KV pools full of NaN."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from random_weights import random_rows
+
+from tael.backends.base import Backend, ForwardBatch
+from tael.backends.cpu.backend import CPUBackend
+from tael.backends.reference import ReferenceBackend
+from tael.backends.reference.kv_cache import KVCache
+from tael.config import BLOCK_SIZE, SchedulerConfig
+from tael.loader.checkpoint import TensorInfo
+from tael.loader.tile_file import TileFile, TileTensor
+from tael.models.spec import (
+    Attention,
+    Dense,
+    LayerSpec,
+    ModelSpec,
+    ParameterSource,
+    Rope,
+    cache_groups,
+)
+from tael.quant.repack import repack
+
+Step = dict[int, int]
+"""Sequence -> how many of its tokens to compute."""
+
+VOCAB_SIZE = 48
+MAX_MODEL_LEN = 1100
+_HIDDEN_SIZE = 64
+_NAN_BYTE = 0xFF  # 0xffff is a NaN in bf16
+
+
+def random_spec(
+    heads_per_kv_head: int, num_kv_heads: int, head_dim: int, windows: list[int | None]
+) -> ModelSpec:
+    """One layer per window. Scores are large enough that some positions dominate."""
+    half = head_dim // 2
+    rope = Rope(tuple(10000.0 ** (-i / half) for i in range(half)))
+    layers = tuple(
+        LayerSpec(
+            Attention(
+                num_heads=heads_per_kv_head * num_kv_heads,
+                num_kv_heads=num_kv_heads,
+                head_dim=head_dim,
+                rope=rope,
+                scale=2 * head_dim**-0.5,
+                window=window,
+            ),
+            Dense(96, "silu"),
+        )
+        for window in windows
+    )
+    spec = ModelSpec(
+        family="random",
+        vocab_size=VOCAB_SIZE,
+        hidden_size=_HIDDEN_SIZE,
+        layers=layers,
+        norm_eps=1e-5,
+        max_position_embeddings=MAX_MODEL_LEN,
+        tie_word_embeddings=False,
+    )
+    return replace(spec, sources=tuple((name, ParameterSource(name)) for name in spec.parameters()))
+
+
+class RandomCheckpoint:
+    """A ``Checkpoint`` whose matrices are of one format."""
+
+    format = "hf"
+    files: tuple[Path, ...] = ()
+    metadata: dict[str, Any] = {}  # noqa: RUF012
+
+    def __init__(self, spec: ModelSpec, format_name: str = "F32") -> None:
+        self.tensors: dict[str, TensorInfo] = {}
+        self.rows: dict[str, NDArray[np.uint8]] = {}
+        for seed, (name, shape) in enumerate(spec.parameters().items()):
+            if len(shape) == 1:
+                weights = 1 + 0.3 * np.random.default_rng(seed).standard_normal(shape)
+                self.rows[name] = weights.astype(np.float32).view(np.uint8)[None]
+                self.tensors[name] = TensorInfo(name, "F32", shape)
+            else:
+                std = 1.0 if name.startswith("embed") else shape[1] ** -0.5
+                self.rows[name] = random_rows(format_name, *shape, seed=seed, std=std)
+                self.tensors[name] = TensorInfo(name, format_name, shape)
+
+    def read_rows(self, name: str, start: int, count: int) -> NDArray[np.uint8]:
+        return self.rows[name][start : start + count]
+
+
+def random_cpu_backend(
+    spec: ModelSpec, checkpoint: RandomCheckpoint, num_threads: int
+) -> CPUBackend:
+    """Ready for steps of 2048 tokens that want the logits of all of them."""
+    tensors = {
+        name: TileTensor("vector", shape, checkpoint.rows[name][0])
+        if len(shape) == 1
+        else TileTensor(
+            checkpoint.tensors[name].type,
+            shape,
+            repack(checkpoint.tensors[name].type, checkpoint.rows[name], shape[1]),
+        )
+        for name, shape in spec.parameters().items()
+    }
+    backend = CPUBackend(spec, TileFile(tensors, 0, ""), num_threads)
+    backend.reserve(SchedulerConfig(2048, 2048), MAX_MODEL_LEN)
+    return backend
+
+
+class RoundingReference(ReferenceBackend):
+    """With keys and values in bf16, as the kernels store them."""
+
+    def bind_kv(self, pools: list[NDArray[np.uint8]]) -> None:
+        self.kv_cache = _RoundingKVCache(self.spec, [len(pool) for pool in pools])
+
+
+class _RoundingKVCache(KVCache):
+    def write(self, layer: int, table: Any, positions: Any, k: Any, v: Any) -> None:
+        super().write(layer, table, positions, _bf16(k), _bf16(v))
+
+
+def _bf16(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    rounded: NDArray[np.uint32] = bits + 0x7FFF + (bits >> 16 & 1) & np.uint32(0xFFFF0000)
+    return rounded.view(np.float32)
+
+
+def compute(
+    spec: ModelSpec, backend: Backend, sequences: list[NDArray[np.int32]], steps: list[Step]
+) -> list[NDArray[np.float32]]:
+    """The logits of every token of each sequence. Blocks are handed out at random, filled with
+    NaN, and taken back once behind the window or when the sequence ends."""
+    groups = cache_groups(spec, BLOCK_SIZE)
+    num_blocks = sum(-(-len(tokens) // BLOCK_SIZE) for tokens in sequences)
+    pools = [np.full((num_blocks, group.block_bytes), _NAN_BYTE, np.uint8) for group in groups]
+    backend.bind_kv(pools)
+    rng = np.random.default_rng(0)
+    free = [rng.permutation(num_blocks).tolist() for _ in groups]
+    tables = np.full((len(groups), len(sequences), -(-MAX_MODEL_LEN // BLOCK_SIZE)), -1, np.int32)
+    done = [0] * len(sequences)
+    outputs: list[list[NDArray[np.float32]]] = [[] for _ in sequences]
+
+    def release(g: int, s: int, end: int) -> None:
+        for block in tables[g, s, :end][tables[g, s, :end] >= 0]:
+            pools[g][block] = _NAN_BYTE
+            free[g].insert(0, int(block))
+        tables[g, s, :end] = -1
+
+    for step in steps:
+        spans = {s: np.arange(done[s], done[s] + n, dtype=np.int32) for s, n in step.items()}
+        for g, group in enumerate(groups):
+            for s, span in spans.items():
+                release(g, s, group.first_block(int(span[0]), BLOCK_SIZE))
+                for b in np.unique(span // BLOCK_SIZE):
+                    if tables[g, s, b] < 0:
+                        tables[g, s, b] = free[g].pop()
+        query_start = np.cumsum([0, *step.values()], dtype=np.int32)
+        logits = backend.forward(
+            ForwardBatch(
+                token_ids=np.concatenate([sequences[s][span] for s, span in spans.items()]),
+                positions=np.concatenate(list(spans.values())),
+                query_start=query_start,
+                block_tables=tuple(table[list(step)] for table in tables),
+                logits_indices=np.arange(query_start[-1], dtype=np.int32),
+            )
+        )
+        for i, (s, n) in enumerate(step.items()):
+            outputs[s].append(logits[query_start[i] : query_start[i + 1]].copy())
+            done[s] += n
+            if done[s] == len(sequences[s]):
+                for g in range(len(groups)):
+                    release(g, s, tables.shape[-1])
+    return [np.concatenate(output) for output in outputs]
+
+
+def random_steps(seed: int, lengths: list[int]) -> list[Step]:
+    """Some of the unfinished sequences each, by single tokens, pieces or all that is left."""
+    rng = np.random.default_rng(seed)
+    left = dict(enumerate(lengths))
+    steps = []
+    while left:
+        chosen = rng.permutation(list(left))[: rng.integers(1, len(left) + 1)].tolist()
+        sizes = {
+            s: [1, int(rng.integers(1, 40)), left[s] // 2 + 1][rng.integers(3)] for s in chosen
+        }
+        step = {s: min(n, left[s]) for s, n in sizes.items()}
+        steps.append(step)
+        left = {s: n - step.get(s, 0) for s, n in left.items() if n > step.get(s, 0)}
+    return steps
