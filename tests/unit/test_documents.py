@@ -26,8 +26,17 @@ def kld_row(result: dict[str, object]) -> str:
 def test_divergence_table() -> None:
     results = sorted((ROOT / "benchmarks" / "results").glob("kld-*.json"))
     expected = [kld_row(json.loads(path.read_text())) for path in results]
-    rows = re.findall(r"^\| .*\.gguf \|.*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| .*\.gguf \|.*%.*$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert expected and sorted(rows) == sorted(expected)
+
+
+def test_start_table() -> None:
+    results = json.loads((ROOT / "benchmarks" / "results" / "start.json").read_text())["results"]
+    expected = [
+        f"| {r['model']} | {r['bytes'] / 2**20:,.0f} MiB | {r['median_s']:.2f} s |" for r in results
+    ]
+    rows = re.findall(r"^\| .*\.gguf \|.* s \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert rows == expected
 
 
 def test_activation_rounding_table() -> None:

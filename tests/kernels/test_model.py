@@ -1,0 +1,160 @@
+"""The native executor on random models: a step computes what the reference does, the same
+bits however the work is shared out, and refuses what is not a step."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+from random_models import (
+    VOCAB_SIZE,
+    RandomCheckpoint,
+    RoundingReference,
+    compute,
+    random_cpu_backend,
+    random_spec,
+    random_steps,
+)
+
+from tael import _native
+from tael.models.spec import ModelSpec
+
+TOLERANCE = 1.5e-3
+"""Of a logit, on one layer. Seeing one key too many or too few changes some by more.
+PARTITION = 512  # kPartitionTokens in csrc/kernels/types.hpp
+
+
+def random_tokens(seed: int, length: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(1, VOCAB_SIZE, length, dtype=np.int32)
+
+
+def largest_error(spec: ModelSpec, length: int, num_threads: int) -> float:
+    checkpoint = RandomCheckpoint(spec)
+    tokens = [random_tokens(0, length)]
+    steps = [{0: length - 1}, {0: 1}]
+    expected = compute(spec, RoundingReference(spec, checkpoint), tokens, steps)[0]
+    backend = random_cpu_backend(spec, checkpoint, num_threads)
+    return float(np.abs(compute(spec, backend, tokens, steps)[0] - expected).max())
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("head_dim", [16, 48, 80, 256])
+@pytest.mark.parametrize("heads_per_kv_head", [1, 3, 7, 9, 40])
+def test_heads_equal_reference(heads_per_kv_head: int, head_dim: int) -> None:
+    """40 heads are more than the rows of one piece."""
+    spec = random_spec(heads_per_kv_head, 2 if heads_per_kv_head < 40 else 1, head_dim, [20])
+    assert largest_error(spec, 70, num_threads=2) < TOLERANCE
+
+
+@pytest.mark.parametrize("window", [None, 1, 31, 32, 33, 511, 512, 513])
+@pytest.mark.parametrize("length", [1, 32, 33, 511, 512, 513, 1024])
+def test_edges_equal_reference(length: int, window: int | None) -> None:
+    """The last token comes by itself: with two threads its context is cut into partitions."""
+    spec = random_spec(2, 1, 16, [window])
+    assert largest_error(spec, length + 1, num_threads=2) < TOLERANCE
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("format_name", ["F16", "Q8_0"])
+def test_the_share_of_the_work_does_not_matter(format_name: str) -> None:
+    """Sequences of mixed lengths: each by itself on one thread, and all in random steps on
+    several threads, more than there are cores."""
+    spec = random_spec(3, 2, 32, [None, 24, PARTITION + 1])
+    checkpoint = RandomCheckpoint(spec, format_name)
+    tokens = [random_tokens(i, n) for i, n in enumerate([2 * PARTITION + 3, 1, 33, 60, 544])]
+    lengths = [len(sequence) for sequence in tokens]
+    whole = [{s: n} for s, n in enumerate(lengths)]
+    expected = compute(spec, random_cpu_backend(spec, checkpoint, 1), tokens, whole)
+    for num_threads in (1, 2, 3, 8):
+        backend = random_cpu_backend(spec, checkpoint, num_threads)
+        actual = compute(spec, backend, tokens, random_steps(num_threads, lengths))
+        for logits, right in zip(actual, expected, strict=True):
+            np.testing.assert_array_equal(logits.view(np.uint32), right.view(np.uint32))
+
+
+@pytest.mark.usefixtures("isa")
+def test_a_nan_stays_in_its_sequence() -> None:
+    spec = random_spec(3, 2, 32, [None, 24])
+    checkpoint = RandomCheckpoint(spec)
+    checkpoint.rows["embed_tokens.weight"][0] = 0xFF  # token 0 is NaN
+    backend = random_cpu_backend(spec, checkpoint, num_threads=2)
+    good, bad = random_tokens(0, 600), random_tokens(1, 100)
+    bad[50] = 0
+    alone = compute(spec, backend, [good], [{0: 600}])[0]
+    steps = [{1: 60, 0: 70}, {0: 400, 1: 40}, {0: 130}]  # good takes the blocks of bad
+    actual, broken = compute(spec, backend, [good, bad], steps)
+    assert np.isnan(broken[50:]).all()
+    np.testing.assert_array_equal(actual, alone)
+
+
+@pytest.mark.parametrize("isa", _native.supported_isas())
+@pytest.mark.parametrize("value", [1e-45, 1e-38, 3e-37, 4e-37, 1e-35])
+def test_tiny_activations_lose_no_more_than_themselves(value: float, isa: str) -> None:
+    """127 / value is beyond float32 for the first three."""
+    raw = np.full((16, 34), 100, np.uint8)
+    raw[:, :2] = np.ones((16, 1), np.float16).view(np.uint8)
+    tiles = np.empty(_native.tile_bytes("Q8_0", 32), np.uint8)
+    _native.repack("Q8_0", raw, 32, tiles)
+    x = np.full((1, 32), value, np.float32)
+    actual = _native.matmul(_native.Matrix("Q8_0", 16, 32, tiles), x, isa, 1)
+    assert (np.abs(actual - 3200 * value) <= 3201 * value).all()
+
+
+def test_a_batch_that_is_none_is_refused() -> None:
+    """The numbers of a batch are checked before anything is read at them."""
+    spec = random_spec(1, 1, 16, [None])
+    model = random_cpu_backend(spec, RandomCheckpoint(spec), 1)._native
+    pool = np.zeros((4, 2 * 32 * 16 * 2), np.uint8)
+    model.bind_kv(0, pool)
+    positions = np.arange(64, dtype=np.int32)  # those after the batch continue it
+
+    def forward(first: int, query_start: list[int]) -> None:
+        num_seqs = len(query_start) - 1
+        tables = np.tile(np.arange(4, dtype=np.int32), (num_seqs, 1))
+        starts, last = np.array(query_start, np.int32), np.zeros(1, np.int32)
+        model.forward(last.repeat(2), positions[:2] + np.int32(first), starts, [tables], last)
+
+    forward(0, [0, 2])
+    for first, query_start, message in (
+        (0, [0, 20, 2], "query_start"),
+        (0, [0, 0, 2], "query_start"),
+        (0, [0, -1, 2], "query_start"),
+        (0, [0, 3], "query_start"),
+        (2**31 - 2, [0, 2], "max_model_len"),
+        (-1, [0, 2], "max_model_len"),
+        (127, [0, 2], "block table"),
+    ):
+        with pytest.raises(IndexError, match=message):
+            forward(first, query_start)
+
+
+def test_arrays_that_are_written_are_never_copied() -> None:
+    """What the caller reads afterwards would be another array."""
+    spec = random_spec(1, 1, 16, [None])
+    model = random_cpu_backend(spec, RandomCheckpoint(spec), 1)._native
+    with pytest.raises(TypeError):
+        model.bind_kv(0, np.zeros((8, 2048), np.uint8)[::2])
+    with pytest.raises(TypeError):
+        model.bind_kv(0, np.zeros((4, 2048), np.float32))
+    with pytest.raises(TypeError):
+        _native.repack("F32", np.zeros((16, 128), np.uint8), 32, np.zeros(4096, np.uint8)[::2])
+
+
+def test_a_model_needs_a_thread() -> None:
+    for num_threads in (0, -1):
+        with pytest.raises(ValueError, match="thread"):
+            _native.Model("portable", num_threads, 32, 16, 1e-5, 1.0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS")
+def test_threads_that_cannot_start_raise() -> None:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 20, hard))  # less than is in use
+    try:
+        with pytest.raises(RuntimeError):
+            _native.Model("portable", 256, 32, 16, 1e-5, 1.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
