@@ -174,7 +174,7 @@ NB_MODULE(_native, m) {
       throw std::invalid_argument("repack: sizes disagree");
     nb::gil_scoped_release release;
     repack(f, rows.data(), num_rows, columns, tiles.data());
-  }, "format"_a, "rows"_a, "columns"_a, "tiles"_a);
+  }, "format"_a, "rows"_a, "columns"_a, "tiles"_a.noconvert());
   m.def("dequantize_row", [](const MatrixHandle& w, int64_t row) {
     if (row < 0 || row >= w.matrix.rows) throw std::out_of_range("row");
     FloatArray2D out = new_array(1, w.matrix.columns);
@@ -202,7 +202,7 @@ NB_MODULE(_native, m) {
                           int64_t max_model_len) {
         self.model.allocate({max_tokens, max_seqs, max_logits, max_model_len});
       }, "max_tokens"_a, "max_seqs"_a, "max_logits"_a, "max_model_len"_a)
-      .def("bind_kv", &ModelHandle::bind_kv, "cache_group"_a, "pool"_a)
+      .def("bind_kv", &ModelHandle::bind_kv, "cache_group"_a, "pool"_a.noconvert())
       .def_prop_ro("workspace_bytes", [](const ModelHandle& self) { return self.model.workspace_bytes(); })
       .def("forward", &forward, "token_ids"_a, "positions"_a, "query_start"_a, "block_tables"_a, "logits_indices"_a);
 }

@@ -1,5 +1,7 @@
 #include "common/thread_pool.hpp"
 
+#include <stdexcept>
+
 namespace tael {
 namespace {
 
@@ -17,10 +19,18 @@ void pause() {
 }  // namespace
 
 ThreadPool::ThreadPool(int num_threads) : num_threads_(num_threads) {
-  for (int t = 1; t < num_threads; ++t) threads_.emplace_back([this, t] { work(t); });
+  if (num_threads < 1) throw std::invalid_argument("a model needs at least one thread");
+  try {
+    for (int t = 1; t < num_threads; ++t) threads_.emplace_back([this, t] { work(t); });
+  } catch (...) {  // those that run would end the process
+    stop();
+    throw;
+  }
 }
 
-ThreadPool::~ThreadPool() {
+ThreadPool::~ThreadPool() { stop(); }
+
+void ThreadPool::stop() {
   stopping_ = true;
   run_.fetch_add(1, std::memory_order_seq_cst);
   run_.notify_all();

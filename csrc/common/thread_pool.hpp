@@ -15,6 +15,7 @@ namespace tael {
 
 class ThreadPool {
  public:
+  // Throws std::invalid_argument below one thread, std::system_error where one cannot start.
   explicit ThreadPool(int num_threads);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
@@ -38,6 +39,7 @@ class ThreadPool {
 
  private:
   void work(int thread);
+  void stop();
   void wait_for_change(const std::atomic<uint32_t>& value, uint32_t old) const;
 
   const int num_threads_;

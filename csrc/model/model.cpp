@@ -86,9 +86,9 @@ void Model::check(const Batch& batch) const {
     require(batch.token_ids[t] >= 0 && batch.token_ids[t] < config_.vocab_size, "token id beyond vocabulary");
   for (int64_t s = 0; s < batch.num_seqs; ++s) {
     const int32_t first = batch.query_start[s], last = batch.query_start[s + 1];
-    require(first < last, "sequence without tokens");
+    require(first < last && last <= batch.num_tokens, "query_start does not ascend to the tokens");
     const int32_t position = batch.positions[first];
-    const int32_t end = position + last - first;
+    const int64_t end = int64_t(position) + last - first;
     require(position >= 0 && end <= limits_.max_model_len, "position beyond max_model_len");
     for (int32_t t = first; t < last; ++t)
       require(batch.positions[t] == position + t - first, "positions are not consecutive");

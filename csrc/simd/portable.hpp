@@ -86,9 +86,9 @@ struct Portable {
   static I or_int(I a, I b) { return map_i([&](int i) { return a.v[i] | b.v[i]; }); }
   template <int n> static I shl_int(I a) { return map_i([&](int i) { return a.v[i] << n; }); }
   template <int n> static I shr_int(I a) { return map_i([&](int i) { return a.v[i] >> n; }); }
-  // Nearest integers, ties to even, |a| < 2^22, to 16 int8.
+  // Nearest integers, ties to even, |a| < 2^22, to 16 int8: the low byte of 1.5 * 2^23 + a.
   static void store_rounded_s8(int8_t* p, F a) {
-    for (int i = 0; i < 16; ++i) p[i] = int8_t(int((a.v[i] + 12582912.0f) - 12582912.0f));
+    for (int i = 0; i < 16; ++i) p[i] = int8_t(float_to_bits(a.v[i] + 12582912.0f));
   }
   static int32_t sum_s8(const int8_t* p) {
     int32_t s = 0;

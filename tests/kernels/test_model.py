@@ -4,6 +4,7 @@ bits however the work is shared out, and refuses what is not a step."""
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from tael import _native
 from tael.models.spec import ModelSpec
 
 TOLERANCE = 1.5e-3
-"""Of a logit, on one layer. Seeing one key too many or too few changes some by more.
+"""Of a logit, on one layer. Seeing one key too many or too few changes some by more."""
 PARTITION = 512  # kPartitionTokens in csrc/kernels/types.hpp
 
 
@@ -147,14 +148,15 @@ def test_a_model_needs_a_thread() -> None:
             _native.Model("portable", num_threads, 32, 16, 1e-5, 1.0)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS and /proc")
 def test_threads_that_cannot_start_raise() -> None:
     import resource
 
+    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (1 << 20, hard))  # less than is in use
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + (64 << 20), hard))  # a few stacks more
     try:
         with pytest.raises(RuntimeError):
-            _native.Model("portable", 256, 32, 16, 1e-5, 1.0)
+            _native.Model("portable", 1000, 32, 16, 1e-5, 1.0)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
