@@ -1,4 +1,4 @@
-"""Attention of every instruction set at its edges; ``test_model.py`` has head counts and threads."""
+"""Attention of every instruction set at its edges; ``test_model.py`` has heads and threads."""
 
 from __future__ import annotations
 
