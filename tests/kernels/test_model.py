@@ -43,7 +43,6 @@ def largest_error(spec: ModelSpec, length: int, num_threads: int) -> float:
 @pytest.mark.parametrize("head_dim", [16, 48, 80, 256])
 @pytest.mark.parametrize("heads_per_kv_head", [1, 3, 7, 9, 40])
 def test_heads_equal_reference(heads_per_kv_head: int, head_dim: int) -> None:
-    """40 heads are more than the rows of one piece."""
     spec = random_spec(heads_per_kv_head, 2 if heads_per_kv_head < 40 else 1, head_dim, [20])
     assert largest_error(spec, 70, num_threads=2) < TOLERANCE
 
@@ -54,6 +53,11 @@ def test_edges_equal_reference(length: int, window: int | None) -> None:
     """The last token comes by itself: with two threads its context is cut into partitions."""
     spec = random_spec(2, 1, 16, [window])
     assert largest_error(spec, length + 1, num_threads=2) < TOLERANCE
+
+
+def test_more_heads_than_rows_of_a_piece_over_partitions() -> None:
+    spec = random_spec(40, 1, 16, [None])
+    assert largest_error(spec, PARTITION + 20, num_threads=2) < TOLERANCE
 
 
 @pytest.mark.usefixtures("isa")
