@@ -64,15 +64,17 @@ FloatArray2D matmul_rows(const MatrixHandle& w, Floats2D x, const std::string& i
   const Kernels& kernels = kernels_for(isa);
   const int64_t tokens = int64_t(x.shape(0)), columns = w.matrix.columns;
   if (int64_t(x.shape(1)) != columns) throw std::invalid_argument("columns differ");
-  const Activations input(tokens, columns);
+  const Rows rows(tokens, columns);
+  const QuantizedBuffer quantized(tokens, columns);
+  const LinearInput input = {rows.floats(tokens), quantized.rows(tokens, columns)};
   for (int64_t t = 0; t < tokens; ++t) {
-    std::copy(x.data() + t * columns, x.data() + (t + 1) * columns, input.row(t));
-    input.quantize(kernels, t);
+    std::copy(x.data() + t * columns, x.data() + (t + 1) * columns, rows.row(t));
+    kernels.quantize(rows.row(t), 0, input.quantized.num_groups, input.quantized, t);
   }
   const int64_t stride = w.matrix.padded_rows();
   const Buffer<float> out(tokens * stride);
   ThreadPool pool(num_threads);
-  pool.run([&](int) { linear(pool, kernels, input, tokens, {{&w.matrix, out.data(), stride}}); });
+  pool.run([&](int thread) { linear(pool, thread, kernels, input, {{&w.matrix, out.data(), stride}}); });
   FloatArray2D result = new_array(tokens, w.matrix.rows);
   for (int64_t t = 0; t < tokens; ++t)
     std::copy(out.data() + t * stride, out.data() + t * stride + w.matrix.rows, result.data() + t * w.matrix.rows);

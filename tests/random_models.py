@@ -34,6 +34,7 @@ Step = dict[int, int]
 
 VOCAB_SIZE = 48
 MAX_MODEL_LEN = 1100
+CHUNK = 128  # kChunkTokens in csrc/kernels/attention/attention.hpp
 _HIDDEN_SIZE = 64
 _NAN_BYTE = 0xFF  # 0xffff is a NaN in bf16
 
@@ -114,10 +115,44 @@ def random_cpu_backend(
 
 
 class RoundingReference(ReferenceBackend):
-    """With keys and values in bf16, as the kernels store them."""
+    """With the roundings of the kernels: keys, values, queries and weights in bf16, the weights
+    relative to the largest score so far, over chunks of 128 positions."""
 
     def bind_kv(self, pools: list[NDArray[np.uint8]]) -> None:
         self.kv_cache = _RoundingKVCache(self.spec, [len(pool) for pool in pools])
+
+
+    def attend(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        query_positions: NDArray[np.int32],
+        key_positions: NDArray[np.int32],
+        scale: float,
+        window: int | None,
+    ) -> NDArray[np.float32]:
+        num_tokens, num_heads, _ = q.shape
+        repeats = num_heads // k.shape[1]
+        keys, values = (np.repeat(x, repeats, axis=1).transpose(1, 0, 2) for x in (k, v))
+        queries = _bf16(np.float32(scale * np.log2(np.e)) * q).transpose(1, 0, 2)  # [H, T, D]
+        distance = query_positions[:, None] - key_positions
+        visible = (distance >= 0) & (distance < (window or MAX_MODEL_LEN))
+        maximum = np.full((num_heads, num_tokens, 1), -np.inf, np.float32)
+        total = np.zeros((num_heads, num_tokens, 1), np.float32)
+        mixed = np.zeros(queries.shape, np.float32)
+        for chunk in np.unique(key_positions // CHUNK):
+            part = key_positions // CHUNK == chunk
+            scores = queries @ keys[:, part].swapaxes(1, 2)
+            scores = np.where(visible[:, part], scores, np.float32(-np.inf))
+            new = np.maximum(maximum, scores.max(axis=-1, keepdims=True))
+            finite = np.where(np.isfinite(new), new, np.float32(0))
+            weights = np.exp2(scores - finite)
+            rescale = np.exp2(np.where(np.isfinite(maximum), maximum, finite - 200) - finite)
+            mixed = mixed * rescale + _bf16(weights) @ values[:, part]
+            total = total * rescale + weights.sum(axis=-1, keepdims=True)
+            maximum = new
+        return (mixed / total).transpose(1, 0, 2).reshape(num_tokens, -1)
 
 
 class _RoundingKVCache(KVCache):

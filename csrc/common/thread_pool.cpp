@@ -20,6 +20,7 @@ void pause() {
 
 ThreadPool::ThreadPool(int num_threads) : num_threads_(num_threads) {
   if (num_threads < 1) throw std::invalid_argument("a model needs at least one thread");
+  shares_ = std::make_unique<Share[]>(num_threads);
   try {
     for (int t = 1; t < num_threads; ++t) threads_.emplace_back([this, t] { work(t); });
   } catch (...) {  // those that run would end the process
@@ -39,7 +40,6 @@ void ThreadPool::stop() {
 
 void ThreadPool::run(const std::function<void(int)>& fn) {
   fn_ = &fn;
-  next_item_.store(0, std::memory_order_relaxed);
   run_.fetch_add(1, std::memory_order_seq_cst);
   run_.notify_all();
   fn(0);
@@ -50,7 +50,7 @@ void ThreadPool::barrier() {
   const uint32_t stage = stage_.load(std::memory_order_relaxed);
   if (num_arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == num_threads_) {
     num_arrived_.store(0, std::memory_order_relaxed);
-    next_item_.store(0, std::memory_order_relaxed);
+    for (int t = 0; t < num_threads_; ++t) shares_[t].num_taken.store(0, std::memory_order_relaxed);
     // Sequentially consistent: notify_all() skips the wake-up when it sees no waiter, and a plain
     // store may become visible only after that look (seen once in 70,000 tries): a lost wake-up.
     stage_.store(stage + 1, std::memory_order_seq_cst);

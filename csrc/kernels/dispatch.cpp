@@ -8,6 +8,7 @@ Kernels kernels_portable();
 #if defined(__x86_64__)
 Kernels kernels_avx2();
 Kernels kernels_avx512();
+void set_attention_avx512_bf16(Kernels& kernels);
 #endif
 
 namespace {
@@ -21,8 +22,13 @@ std::vector<Kernels> detect() {
                     __builtin_cpu_supports("f16c");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512vnni"))
+      __builtin_cpu_supports("avx512vnni")) {
+    if (__builtin_cpu_supports("avx512bf16")) {
+      found.push_back(kernels_avx512());
+      set_attention_avx512_bf16(found.back());
+    }
     found.push_back(kernels_avx512());
+  }
   if (avx2) found.push_back(kernels_avx2());
 #endif
   found.push_back(kernels_portable());

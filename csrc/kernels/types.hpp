@@ -7,23 +7,61 @@
 
 namespace tael {
 
-// Activations in float, [tokens, columns padded to 32].
+// Activations in float, [num_tokens, columns padded to 32].
 struct FloatRows {
   const float* data;
-  int64_t stride;
-  const float* values(int64_t token) const { return data + token * stride; }
+  int64_t columns;
+  int64_t num_tokens;
+
+  const float* row(int64_t token) const { return data + token * columns; }
+  FloatRows slice(int64_t first, int64_t count) const { return {row(first), columns, count}; }
 };
 
-// Activations in int8 with one scale per 32 columns, and their sums per 16 columns (for zero
-// points and minimums). x = scale * value, |value| <= 127.
+// Activations in int8, x = scale * value with |value| <= 127 and one scale per group of 32 columns.
+// Tokens lie in packs of up to six, of equal size but for the last, so that the inner loops of a
+// matmul read one ascending stream:
+//
+//     pack    [columns / 32] x { values int8 [tokens][32], QuantizedGroup [tokens] }
+constexpr int kMaxPackTokens = 6;
+
+struct QuantizedGroup {
+  float scale;
+  float scaled_sum;  // scale * (sums[0] + sums[1]), for minimums
+  int32_t sums[2];   // of values 0 to 15 and 16 to 31, for zero points
+};
+constexpr int64_t kGroupBytes = kGroupColumns + sizeof(QuantizedGroup);
+
+constexpr int64_t pack_size(int64_t num_tokens) {
+  const int64_t packs = (num_tokens + kMaxPackTokens - 1) / kMaxPackTokens;
+  return packs == 0 ? 1 : (num_tokens + packs - 1) / packs;
+}
+
 struct QuantizedRows {
-  const int8_t* data;
-  const float* scale;
-  const int32_t* sum;
-  int64_t columns;  // padded to 32
-  const int8_t* values(int64_t token) const { return data + token * columns; }
-  const float* scales(int64_t token) const { return scale + token * (columns / 32); }
-  const int32_t* sums(int64_t token) const { return sum + token * (columns / 16); }
+  uint8_t* data;
+  int64_t num_groups;  // columns / 32, rounded up
+  int64_t num_tokens;
+  int64_t pack_size;
+
+  int64_t num_packs() const { return (num_tokens + pack_size - 1) / pack_size; }
+  uint8_t* pack(int64_t i) const { return data + i * pack_size * num_groups * kGroupBytes; }
+  int pack_tokens(int64_t i) const {
+    const int64_t rest = num_tokens - i * pack_size;
+    return int(rest < pack_size ? rest : pack_size);
+  }
+  QuantizedRows packs(int64_t first, int64_t last) const {
+    const int64_t end = last * pack_size < num_tokens ? last * pack_size : num_tokens;
+    return {pack(first), num_groups, end - first * pack_size, pack_size};
+  }
+  // row -= what the int8 form of a token stands for.
+  void subtract_from(float* row, int64_t token) const {
+    const int64_t tokens = pack_tokens(token / pack_size), place = token % pack_size;
+    const uint8_t* group = pack(token / pack_size);
+    for (int64_t g = 0; g < num_groups; ++g, row += kGroupColumns, group += tokens * kGroupBytes) {
+      const int8_t* values = (const int8_t*)group + place * kGroupColumns;
+      const float scale = ((const QuantizedGroup*)(group + tokens * kGroupColumns))[place].scale;
+      for (int c = 0; c < kGroupColumns; ++c) row[c] -= scale * float(values[c]);
+    }
+  }
 };
 
 constexpr int kBlockTokens = 32;
@@ -59,13 +97,10 @@ struct AttentionTask {
   int num_tokens;
   int first_position;  // of the first token
   int window;          // positions a query sees, itself included; INT32_MAX for all
-  const float* q;      // [token, head, head_dim], scaled; at the first token and head
-  int64_t q_stride;    // between tokens
+  const uint16_t* q;   // bf16 [num_rows, head_dim], scaled to give scores in units of log 2
 
   int num_rows() const { return num_tokens * num_heads; }
-  const float* query(int row) const {
-    return q + row / num_heads * q_stride + int64_t(row % num_heads) * kv->head_dim;
-  }
+  const uint16_t* query(int row) const { return q + int64_t(row) * kv->head_dim; }
   int position(int row) const { return first_position + row / num_heads; }
 };
 
@@ -81,17 +116,19 @@ enum class Activation : int { SiLU, GeluTanh };
 
 struct Kernels {
   const char* name;
-  void (*quantize)(const float* x, int64_t columns, int8_t* values, float* scales, int32_t* sums);
+  // Columns 32 * first_group onward of one token, from x[0].
+  void (*quantize)(const float* x, int64_t first_group, int64_t num_groups, const QuantizedRows& rows,
+                   int64_t token);
   // One of the two is null: float formats take float activations, the others int8.
-  void (*matmul[kNumFormats])(const uint8_t* tiles, int64_t tile_stride, int64_t num_groups,
-                              int64_t first_tile, int64_t last_tile, const QuantizedRows& x,
-                              int64_t num_tokens, float* out, int64_t out_stride);
-  void (*matmul_float[kNumFormats])(const uint8_t* tiles, int64_t tile_stride, int64_t num_groups,
-                                    int64_t first_tile, int64_t last_tile, const FloatRows& x,
-                                    int64_t num_tokens, float* out, int64_t out_stride);
+  void (*matmul[kNumFormats])(const uint8_t* tiles, int64_t tile_stride, int64_t first_tile, int64_t last_tile,
+                              const QuantizedRows& x, float* out, int64_t out_stride);
+  void (*matmul_float[kNumFormats])(const uint8_t* tiles, int64_t tile_stride, int64_t first_tile,
+                                    int64_t last_tile, const FloatRows& x, float* out, int64_t out_stride);
   // Columns are padded to 32 with zeros; `columns` is the divisor of the mean.
   void (*rms_norm)(const float* x, const float* weight, int64_t columns, float eps, float* out);
   void (*add)(float* x, const float* y, int64_t columns);
+  // x += rms_norm(y)
+  void (*add_normed)(float* x, const float* y, const float* weight, int64_t columns, float eps);
   void (*rope)(float* head, const float* cos, const float* sin, int num_pairs);
   void (*gated_activation)(Activation kind, const float* gate, const float* up, int64_t columns,
                            float* out);
@@ -99,8 +136,10 @@ struct Kernels {
   void (*attention_partition)(const AttentionTask& task, int partition, float* states);
   // total = total merged with next.
   void (*attention_merge)(float* total, const float* next, int num_rows, int head_dim);
-  // out[row] = values / sum, at the place of query(row).
-  void (*attention_finish)(const AttentionTask& task, const float* states, float* out);
+  // out[head_dim] = values / sum, of one row.
+  void (*attention_finish)(const float* state, int head_dim, float* out);
+  // out = x * factor
+  void (*to_bf16)(const float* x, float factor, int64_t columns, uint16_t* out);
 };
 
 }  // namespace tael

@@ -1,137 +1,152 @@
 #include "model/attention_layer.hpp"
 
 #include <algorithm>
-
-#include "common/half.hpp"
+#include <cstring>
 
 namespace tael {
 
 AttentionWorkspace::AttentionWorkspace(const Limits& limits, int num_threads,
-                                       const std::vector<AttentionPlan>& plans)
-    : thread_floats(0) {
-  int64_t q_columns = 0, kv_columns = 0, shared = 0;
+                                       const std::vector<AttentionPlan>& plans) {
+  int64_t q_columns = 0, kv_columns = 0, shared = 0, states = 0, piece_q = 0;
+  int head_dim = 0;
   for (const AttentionPlan& plan : plans) {
     const AttentionShape& shape = plan.shape();
     q_columns = std::max(q_columns, int64_t(shape.num_heads) * shape.head_dim);
     kv_columns = std::max(kv_columns, int64_t(shape.num_kv_heads) * shape.head_dim);
-    thread_floats = std::max(thread_floats, plan.piece_floats());
+    head_dim = std::max(head_dim, shape.head_dim);
+    states = std::max(states, plan.max_piece_rows() * attention_state_floats(shape.head_dim));
+    piece_q = std::max(piece_q, plan.max_piece_rows() * shape.head_dim);
     shared = std::max(shared, plan.shared_floats());
   }
-  q = Activations(limits.max_tokens, q_columns);
-  out = Activations(limits.max_tokens, q_columns);
-  k = Activations(limits.max_tokens, kv_columns);
-  v = Activations(limits.max_tokens, kv_columns);
-  thread_states = Buffer<float>(num_threads * 2 * thread_floats);
+  q = Rows(limits.max_tokens, q_columns);
+  out = Rows(limits.max_tokens, q_columns);
+  k = Rows(limits.max_tokens, kv_columns);
+  v = Rows(limits.max_tokens, kv_columns);
   shared_states = Buffer<float>(shared);
+  for (int t = 0; t < num_threads; ++t)
+    scratch.push_back({Buffer<float>(2 * states), Buffer<float>(head_dim), Buffer<uint16_t>(piece_q), states});
 }
 
 int64_t AttentionWorkspace::bytes() const {
-  return q.bytes() + k.bytes() + v.bytes() + out.bytes() + thread_states.bytes() + shared_states.bytes();
+  int64_t bytes = q.bytes() + k.bytes() + v.bytes() + out.bytes() + shared_states.bytes();
+  for (const Scratch& s : scratch) bytes += s.states.bytes() + s.head.bytes() + s.q.bytes();
+  return bytes;
 }
 
-void AttentionLayer::forward(const Step& step, const Activations& x, const RopeTable& rope,
-                             const AttentionPlan& plan, const AttentionWorkspace& ws, float* out,
-                             int64_t out_stride) const {
-  const Kernels& kernels = step.kernels;
-  const int64_t num_tokens = step.batch.num_tokens;
-  const int head_dim = config_.shape.head_dim;
-  linear(step.pool, kernels, x, num_tokens,
+void AttentionLayer::attend(const Step& step, const LinearInput& x, const RopeTable& rope, AttentionPlan& plan,
+                            const AttentionWorkspace& ws) const {
+  linear(step.pool, step.thread, step.kernels, x,
          {{&weights_.q, ws.q.row(0), ws.q.columns()},
           {&weights_.k, ws.k.row(0), ws.k.columns()},
           {&weights_.v, ws.v.row(0), ws.v.columns()}});
-
-  step.pool.parallel_for(num_tokens, 1, [&](int64_t first, int64_t last) {
-    for (int64_t token = first; token < last; ++token) append(step, rope, ws, token);
-  });
-
-  step.pool.parallel_for(int64_t(plan.pieces().size()), 1, [&](int64_t first, int64_t last) {
-    float* total = ws.thread_states.data() + step.thread * 2 * ws.thread_floats;
-    for (int64_t i = first; i < last; ++i) {
-      const AttentionPiece& piece = plan.pieces()[i];
-      const AttentionTask t = task(step, ws, piece);
-      if (piece.state >= 0) {
-        kernels.attention_partition(t, piece.first_partition, ws.shared_states.data() + piece.state);
-        continue;
-      }
-      kernels.attention_partition(t, piece.first_partition, total);
-      for (int p = piece.first_partition + 1; p < piece.last_partition; ++p) {
-        kernels.attention_partition(t, p, total + ws.thread_floats);
-        kernels.attention_merge(total, total + ws.thread_floats, t.num_rows(), head_dim);
-      }
-      kernels.attention_finish(t, total, ws.out.row(piece.first_token) + (t.q - ws.q.row(piece.first_token)));
-    }
-  });
-
-  if (!plan.merges().empty())
-    step.pool.parallel_for(int64_t(plan.merges().size()), 1, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) {
-        const AttentionPiece& piece = plan.merges()[i];
-        const AttentionTask t = task(step, ws, piece);
-        const int64_t floats = t.num_rows() * attention_state_floats(head_dim);
-        float* total = ws.shared_states.data() + piece.state;
-        for (int p = 1; p < piece.last_partition - piece.first_partition; ++p)
-          kernels.attention_merge(total, total + p * floats, t.num_rows(), head_dim);
-        kernels.attention_finish(t, total, ws.out.row(piece.first_token) + (t.q - ws.q.row(piece.first_token)));
-      }
+  // In a decode step a piece appends the keys and values that it is the first to read.
+  if (!step.batch.is_decode())
+    step.pool.parallel_for(step.thread, step.batch.num_tokens, [&](int64_t token) {
+      for (int h = 0; h < config_.shape.num_kv_heads; ++h) append(step, rope, ws, token, h);
     });
-
-  if (!is_float(weights_.o.format))
-    step.pool.parallel_for(num_tokens, 1, [&](int64_t first, int64_t last) {
-      for (int64_t token = first; token < last; ++token) ws.out.quantize(kernels, token);
-    });
-  linear(step.pool, kernels, ws.out, num_tokens, {{&weights_.o, out, out_stride}});
+  step.pool.parallel_for(step.thread, int64_t(plan.pieces().size()),
+                         [&](int64_t i) { run_piece(step, rope, plan, ws, plan.pieces()[i]); });
 }
 
-AttentionTask AttentionLayer::task(const Step& step, const AttentionWorkspace& ws,
-                                   const AttentionPiece& piece) const {
+void AttentionLayer::run_piece(const Step& step, const RopeTable& rope, AttentionPlan& plan,
+                               const AttentionWorkspace& ws, const AttentionPiece& piece) const {
+  const Kernels& kernels = step.kernels;
+  const AttentionWorkspace::Scratch& scratch = ws.scratch[step.thread];
   const AttentionShape& shape = config_.shape;
-  const int heads = shape.heads_per_kv_head();
-  return {
+  const AttentionTask task = {
       .kv = &kv_,
       .block_table = step.batch.block_tables[config_.cache_group].row(piece.seq),
       .kv_head = piece.kv_head,
-      .num_heads = heads,
+      .num_heads = shape.heads_per_kv_head(),
       .num_tokens = piece.num_tokens,
       .first_position = step.batch.positions[piece.first_token],
       .window = shape.window,
-      .q = ws.q.row(piece.first_token) + int64_t(piece.kv_head) * heads * shape.head_dim,
-      .q_stride = ws.q.columns(),
+      .q = scratch.q.data(),
   };
+  if (step.batch.is_decode() && task.first_position / kPartitionTokens == piece.last_partition - 1)
+    append(step, rope, ws, piece.first_token, piece.kv_head);
+  prepare_queries(step, rope, ws, piece);
+
+  const int64_t floats = task.num_rows() * attention_state_floats(shape.head_dim);
+  if (piece.merge < 0) {
+    float *total = scratch.states.data(), *next = total + scratch.state_floats;
+    kernels.attention_partition(task, piece.first_partition, total);
+    for (int p = piece.first_partition + 1; p < piece.last_partition; ++p) {
+      kernels.attention_partition(task, p, next);
+      kernels.attention_merge(total, next, task.num_rows(), shape.head_dim);
+    }
+    finish(piece, task, step, ws, total);
+    return;
+  }
+  AttentionMerge& merge = plan.merge(piece.merge);
+  float* total = ws.shared_states.data() + merge.states;
+  kernels.attention_partition(task, piece.first_partition, total + (piece.first_partition - merge.first_partition) * floats);
+  // The last to finish merges.
+  if (merge.num_finished.fetch_add(1, std::memory_order_acq_rel) + 1 < merge.num_partitions) return;
+  merge.num_finished.store(0, std::memory_order_relaxed);
+  for (int p = 1; p < merge.num_partitions; ++p)
+    kernels.attention_merge(total, total + p * floats, task.num_rows(), shape.head_dim);
+  finish(piece, task, step, ws, total);
 }
 
-// Finishes q in place and stores k and v of one token.
-void AttentionLayer::append(const Step& step, const RopeTable& rope, const AttentionWorkspace& ws,
-                            int64_t token) const {
-  const Kernels& kernels = step.kernels;
-  const AttentionShape& shape = config_.shape;
-  const int head_dim = shape.head_dim;
-  float *q = ws.q.row(token), *k = ws.k.row(token), *v = ws.v.row(token);
-  const int64_t q_size = int64_t(shape.num_heads) * head_dim, kv_size = int64_t(shape.num_kv_heads) * head_dim;
-  if (weights_.q_bias) kernels.add(q, weights_.q_bias.data(), q_size);
-  if (weights_.k_bias) kernels.add(k, weights_.k_bias.data(), kv_size);
-  if (weights_.v_bias) kernels.add(v, weights_.v_bias.data(), kv_size);
-  const float* cos = rope.cos.data() + token * rope.num_pairs();
-  const float* sin = rope.sin.data() + token * rope.num_pairs();
-  for (int h = 0; h < shape.num_heads; ++h, q += head_dim) {
-    if (weights_.q_norm) kernels.rms_norm(q, weights_.q_norm.data(), head_dim, config_.norm_eps, q);
-    kernels.rope(q, cos, sin, rope.num_pairs());
-    for (int d = 0; d < head_dim; ++d) q[d] *= config_.scale;
+void AttentionLayer::finish(const AttentionPiece& piece, const AttentionTask& task, const Step& step,
+                            const AttentionWorkspace& ws, const float* states) const {
+  const int head_dim = config_.shape.head_dim;
+  for (int r = 0; r < task.num_rows(); ++r) {
+    const int64_t head = int64_t(piece.kv_head) * task.num_heads + r % task.num_heads;
+    step.kernels.attention_finish(states + r * attention_state_floats(head_dim), head_dim,
+                                  ws.out.row(piece.first_token + r / task.num_heads) + head * head_dim);
   }
+}
 
-  const int32_t position = step.batch.positions[token];
-  const int slot = position % kBlockTokens;
-  const int32_t block = step.batch.block_tables[config_.cache_group].row(
-      step.batch.token_seq[token])[position / kBlockTokens];
-  for (int h = 0; h < shape.num_kv_heads; ++h, k += head_dim, v += head_dim) {
-    if (weights_.k_norm) kernels.rms_norm(k, weights_.k_norm.data(), head_dim, config_.norm_eps, k);
-    kernels.rope(k, cos, sin, rope.num_pairs());
-    uint16_t* keys = kv_.keys(block, h) + int64_t(slot / 16) * head_dim * 16 + slot % 16 * 2;
-    uint16_t* values = kv_.values(block, h) + int64_t(slot / 2) * head_dim * 2 + slot % 2;
-    for (int d = 0; d < head_dim; ++d) {
-      keys[d / 2 * 32 + d % 2] = float_to_bf16(k[d]);
-      values[d * 2] = float_to_bf16(v[d]);
+// The queries of a piece as the kernels take them, into the thread's scratch.
+void AttentionLayer::prepare_queries(const Step& step, const RopeTable& rope, const AttentionWorkspace& ws,
+                                     const AttentionPiece& piece) const {
+  constexpr float kLog2E = 1.44269504088896341f;
+  const Kernels& kernels = step.kernels;
+  const AttentionWorkspace::Scratch& scratch = ws.scratch[step.thread];
+  const int head_dim = config_.shape.head_dim, heads = config_.shape.heads_per_kv_head();
+  float* head = scratch.head.data();
+  uint16_t* out = scratch.q.data();
+  for (int64_t token = piece.first_token; token < piece.first_token + piece.num_tokens; ++token)
+    for (int64_t h = piece.kv_head * heads; h < (piece.kv_head + 1) * heads; ++h, out += head_dim) {
+      memcpy(head, ws.q.row(token) + h * head_dim, head_dim * sizeof(float));
+      if (weights_.q_bias) kernels.add(head, weights_.q_bias.data() + h * head_dim, head_dim);
+      if (weights_.q_norm) kernels.rms_norm(head, weights_.q_norm.data(), head_dim, config_.norm_eps, head);
+      kernels.rope(head, rope.cos_of(token), rope.sin_of(token), rope.num_pairs());
+      kernels.to_bf16(head, config_.scale * kLog2E, head_dim, out);
     }
-  }
+}
+
+// Stores the key and the value of one token and KV head.
+void AttentionLayer::append(const Step& step, const RopeTable& rope, const AttentionWorkspace& ws, int64_t token,
+                            int kv_head) const {
+  const Kernels& kernels = step.kernels;
+  const Batch& batch = step.batch;
+  const AttentionWorkspace::Scratch& scratch = ws.scratch[step.thread];
+  const int head_dim = config_.shape.head_dim;
+  const int32_t seq = batch.token_seq[token], position = batch.positions[token];
+  const int32_t block = batch.block_tables[config_.cache_group].row(seq)[position / kBlockTokens];
+  const int slot = position % kBlockTokens;
+  float* head = scratch.head.data();
+  uint16_t* rounded = scratch.q.data();
+
+  memcpy(head, ws.k.row(token) + kv_head * head_dim, head_dim * sizeof(float));
+  if (weights_.k_bias) kernels.add(head, weights_.k_bias.data() + kv_head * head_dim, head_dim);
+  if (weights_.k_norm) kernels.rms_norm(head, weights_.k_norm.data(), head_dim, config_.norm_eps, head);
+  kernels.rope(head, rope.cos_of(token), rope.sin_of(token), rope.num_pairs());
+  kernels.to_bf16(head, 1.0f, head_dim, rounded);
+  uint16_t* keys = kv_.keys(block, kv_head) + int64_t(slot / 16) * head_dim * 16 + slot % 16 * 2;
+  for (int d = 0; d < head_dim; d += 2) memcpy(keys + d * 16, rounded + d, 4);
+
+  memcpy(head, ws.v.row(token) + kv_head * head_dim, head_dim * sizeof(float));
+  if (weights_.v_bias) kernels.add(head, weights_.v_bias.data() + kv_head * head_dim, head_dim);
+  kernels.to_bf16(head, 1.0f, head_dim, rounded);
+  uint16_t* values = kv_.values(block, kv_head) + int64_t(slot / 2) * head_dim * 2 + slot % 2;
+  for (int d = 0; d < head_dim; ++d) values[d * 2] = rounded[d];
+  // Values are read in pairs: where no token follows yet, a block's earlier owner may have left NaN.
+  if (slot % 2 == 0 && token + 1 == batch.query_start[seq + 1])
+    for (int d = 0; d < head_dim; ++d) values[d * 2 + 1] = 0;
 }
 
 }  // namespace tael

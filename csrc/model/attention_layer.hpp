@@ -25,9 +25,15 @@ struct AttentionWorkspace {
   AttentionWorkspace(const Limits& limits, int num_threads, const std::vector<AttentionPlan>& plans);
   int64_t bytes() const;
 
-  Activations q, k, v, out;
-  int64_t thread_floats;        // one state set of a thread
-  Buffer<float> thread_states;  // [num_threads, 2, thread_floats]
+  // What a thread needs for one piece.
+  struct Scratch {
+    Buffer<float> states;     // two sets
+    Buffer<float> head;       // of a query, a key or a value
+    Buffer<uint16_t> q;
+    int64_t state_floats;     // of one set
+  };
+  Rows q, k, v, out;
+  std::vector<Scratch> scratch;  // per thread
   Buffer<float> shared_states;
 };
 
@@ -42,13 +48,18 @@ class AttentionLayer {
     kv_ = {pool, block_bytes, config_.layer_offset, config_.shape.num_kv_heads, config_.shape.head_dim};
   }
 
-  // out[token] = attention(x[token]), [num_tokens, out_stride]. Called by every thread.
-  void forward(const Step& step, const Activations& x, const RopeTable& rope, const AttentionPlan& plan,
-               const AttentionWorkspace& ws, float* out, int64_t out_stride) const;
+  // ws.out = attention(x), before the output projection. Called by every thread.
+  void attend(const Step& step, const LinearInput& x, const RopeTable& rope, AttentionPlan& plan,
+              const AttentionWorkspace& ws) const;
 
  private:
-  void append(const Step& step, const RopeTable& rope, const AttentionWorkspace& ws, int64_t token) const;
-  AttentionTask task(const Step& step, const AttentionWorkspace& ws, const AttentionPiece& piece) const;
+  void run_piece(const Step& step, const RopeTable& rope, AttentionPlan& plan, const AttentionWorkspace& ws,
+                 const AttentionPiece& piece) const;
+  void finish(const AttentionPiece& piece, const AttentionTask& task, const Step& step, const AttentionWorkspace& ws,
+              const float* states) const;
+  void prepare_queries(const Step& step, const RopeTable& rope, const AttentionWorkspace& ws,
+                       const AttentionPiece& piece) const;
+  void append(const Step& step, const RopeTable& rope, const AttentionWorkspace& ws, int64_t token, int kv_head) const;
 
   AttentionConfig config_;
   AttentionWeights weights_;

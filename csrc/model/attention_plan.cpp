@@ -6,8 +6,8 @@ namespace tael {
 namespace {
 
 // Rows of one piece: enough that a block of K and V is read once for many queries, few enough
-// that their states stay in the L1 cache.
-constexpr int kRows = 32;
+// that their states stay in the L2 cache.
+constexpr int kRows = 64;
 
 }  // namespace
 
@@ -18,10 +18,10 @@ AttentionPlan::AttentionPlan(const AttentionShape& shape, const Limits& limits, 
   max_shared_ = 2 * partitions * shape.num_heads * attention_state_floats(shape.head_dim);
   const int64_t whole = shape.num_kv_heads * (limits.max_tokens + limits.max_seqs);
   pieces_.reserve(whole + 2 * partitions * shape.num_kv_heads);
-  merges_.reserve(whole);
+  merges_ = std::vector<AttentionMerge>(4 * num_threads);
 }
 
-int AttentionPlan::max_rows() const { return std::max(kRows, shape_.heads_per_kv_head()); }
+int64_t AttentionPlan::max_piece_rows() const { return std::max(kRows, shape_.heads_per_kv_head()); }
 
 int AttentionPlan::tokens_per_piece() const { return std::max(1, kRows / shape_.heads_per_kv_head()); }
 
@@ -33,8 +33,8 @@ void AttentionPlan::prepare(const Batch& batch) {
   const bool few = num_whole * shape_.num_kv_heads < 4 * num_threads_;
 
   pieces_.clear();
-  merges_.clear();
   int64_t shared = 0;
+  int32_t num_merges = 0;
   for (int32_t s = 0; s < batch.num_seqs; ++s) {
     const int32_t end = batch.query_start[s + 1];
     for (int32_t token = batch.query_start[s]; token < end; token += step) {
@@ -51,9 +51,13 @@ void AttentionPlan::prepare(const Batch& batch) {
           pieces_.push_back({s, head, token, count, first, last, -1});
           continue;
         }
-        merges_.push_back({s, head, token, count, first, last, shared});
-        for (int32_t p = first; p < last; ++p, shared += floats)
-          pieces_.push_back({s, head, token, count, p, p + 1, shared});
+        AttentionMerge& merge = merges_[num_merges];  // there are fewer than 4 per thread
+        merge.states = shared;
+        merge.first_partition = first;
+        merge.num_partitions = last - first;
+        for (int32_t p = first; p < last; ++p) pieces_.push_back({s, head, token, count, p, p + 1, num_merges});
+        shared += (last - first) * floats;
+        ++num_merges;
       }
     }
   }

@@ -1,6 +1,8 @@
 // Who attends to what in one step, for all layers of one shape.
 #pragma once
 
+#include <atomic>
+
 #include "model/step.hpp"
 
 namespace tael {
@@ -14,8 +16,8 @@ struct AttentionShape {
 };
 
 // One KV head of one sequence for a few tokens. Long contexts of few queries are cut into
-// partitions, so that every thread has work; `merges` then combines them. The cut does not
-// change the result (see kPartitionTokens).
+// partitions, so that every thread has work; whoever finishes the last of them merges them in
+// order. The cut does not change the result (see kPartitionTokens).
 struct AttentionPiece {
   int32_t seq;
   int32_t kv_head;
@@ -23,7 +25,14 @@ struct AttentionPiece {
   int32_t num_tokens;
   int32_t first_partition;
   int32_t last_partition;  // exclusive
-  int64_t state;           // place in the shared states; -1: done by one thread
+  int32_t merge;           // index; -1: not cut
+};
+
+struct AttentionMerge {
+  int64_t states = 0;  // place of the first partition's in the shared states
+  int32_t first_partition = 0;
+  int32_t num_partitions = 0;
+  std::atomic<int32_t> num_finished{0};
 };
 
 class AttentionPlan {
@@ -34,20 +43,20 @@ class AttentionPlan {
 
   const AttentionShape& shape() const { return shape_; }
   const std::vector<AttentionPiece>& pieces() const { return pieces_; }
-  const std::vector<AttentionPiece>& merges() const { return merges_; }
+  AttentionMerge& merge(int32_t index) { return merges_[index]; }
 
-  // Floats of the states of the largest piece, for one partition.
-  int64_t piece_floats() const { return max_rows() * attention_state_floats(shape_.head_dim); }
+  int64_t max_piece_rows() const;
   int64_t shared_floats() const { return max_shared_; }
+  int64_t bytes() const { return int64_t(pieces_.capacity() * sizeof(AttentionPiece) + merges_.size() * sizeof(AttentionMerge)); }
 
  private:
-  int max_rows() const;
   int tokens_per_piece() const;
 
   AttentionShape shape_;
   int num_threads_;
   int64_t max_shared_;
-  std::vector<AttentionPiece> pieces_, merges_;
+  std::vector<AttentionPiece> pieces_;
+  std::vector<AttentionMerge> merges_;
 };
 
 }  // namespace tael

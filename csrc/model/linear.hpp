@@ -44,41 +44,72 @@ template <class T> class Buffer {
   int64_t size_ = 0;
 };
 
-// Inputs of linear layers: float rows, and the same in int8 where a quantised matrix reads them.
-// Columns past the end of a vector stay zero.
-class Activations {
+// Float rows, [max_tokens, columns padded to 32]. Columns past the end of a vector stay zero.
+class Rows {
  public:
-  Activations() = default;
-  Activations(int64_t max_tokens, int64_t columns)
-      : columns_(padded_columns(columns)),
-        values_(max_tokens * columns_),
-        quantized_(max_tokens * columns_),
-        scales_(max_tokens * columns_ / 32),
-        sums_(max_tokens * columns_ / 16) {}
+  Rows() = default;
+  Rows(int64_t max_tokens, int64_t columns)
+      : columns_(padded_columns(columns)), values_(max_tokens * columns_) {}
 
   int64_t columns() const { return columns_; }
   float* row(int64_t token) const { return values_.data() + token * columns_; }
-  void quantize(const Kernels& kernels, int64_t token) const {
-    kernels.quantize(row(token), columns_, quantized_.data() + token * columns_,
-                     scales_.data() + token * (columns_ / 32), sums_.data() + token * (columns_ / 16));
-  }
-  // rest = row(token) minus what its int8 form stands for.
-  void subtract_quantized(int64_t token, float* rest) const {
-    const QuantizedRows all = quantized();
-    for (int64_t c = 0; c < columns_; ++c)
-      rest[c] = row(token)[c] - all.scales(token)[c / 32] * float(all.values(token)[c]);
-  }
-  FloatRows floats() const { return {values_.data(), columns_}; }
-  QuantizedRows quantized() const { return {quantized_.data(), scales_.data(), sums_.data(), columns_}; }
-  int64_t bytes() const { return values_.bytes() + quantized_.bytes() + scales_.bytes() + sums_.bytes(); }
+  FloatRows floats(int64_t num_tokens) const { return {values_.data(), columns_, num_tokens}; }
+  int64_t bytes() const { return values_.bytes(); }
 
  private:
   int64_t columns_ = 0;
   Buffer<float> values_;
-  Buffer<int8_t> quantized_;
-  Buffer<float> scales_;
-  Buffer<int32_t> sums_;
 };
+
+// Room for int8 rows of up to max_columns columns.
+class QuantizedBuffer {
+ public:
+  QuantizedBuffer() = default;
+  QuantizedBuffer(int64_t max_tokens, int64_t max_columns)
+      : bytes_(max_tokens * padded_columns(max_columns) / kGroupColumns * kGroupBytes) {}
+
+  QuantizedRows rows(int64_t num_tokens, int64_t columns) const {
+    return {bytes_.data(), padded_columns(columns) / kGroupColumns, num_tokens, pack_size(num_tokens)};
+  }
+  int64_t bytes() const { return bytes_.bytes(); }
+
+ private:
+  Buffer<uint8_t> bytes_;
+};
+
+// What a linear layer reads: the matrices of float formats take the float rows, others the int8.
+struct LinearInput {
+  FloatRows floats;
+  QuantizedRows quantized;
+};
+
+// Tokens that pass by one piece of a matrix, in packs: their activations stay near, in the L2 cache.
+constexpr int64_t kBlockPacks = 16;
+
+inline int64_t num_token_blocks(const LinearInput& x) {
+  return (x.quantized.num_packs() + kBlockPacks - 1) / kBlockPacks;
+}
+inline int64_t block_start(const LinearInput& x, int64_t block) { return block * kBlockPacks * x.quantized.pack_size; }
+
+// Rows of tiles [first, last) for the tokens of one block; out[0] is row 0 of the first tile for the
+// first of the tokens. Returns their number.
+inline int64_t multiply_tiles(const Kernels& kernels, const Matrix& w, int64_t first, int64_t last,
+                              const LinearInput& x, int64_t block, float* out, int64_t out_stride) {
+  const QuantizedRows rows = x.quantized.packs(block * kBlockPacks, (block + 1) * kBlockPacks);
+  if (is_float(w.format))
+    kernels.matmul_float[int(w.format)](w.tiles, w.tile_stride(), first, last,
+                                        x.floats.slice(block_start(x, block), rows.num_tokens), out, out_stride);
+  else
+    kernels.matmul[int(w.format)](w.tiles, w.tile_stride(), first, last, rows, out, out_stride);
+  return rows.num_tokens;
+}
+
+// Tiles that a thread takes at a time: even, since kernels take pairs, and about 64 KiB, so that
+// taking them costs nothing and the threads end together.
+inline int64_t tiles_at_a_time(const Matrix& w) {
+  const int64_t pairs = (int64_t(32) << 10) / w.tile_stride();
+  return 2 * (pairs < 1 ? 1 : pairs > 8 ? 8 : pairs);
+}
 
 struct LinearOp {
   const Matrix* weight;
@@ -86,45 +117,28 @@ struct LinearOp {
   int64_t out_stride;  // at least weight->padded_rows()
 };
 
-// Tokens whose activations stay in the L2 cache while tiles pass by.
-constexpr int64_t kTokenBlock = 128;
-
 // out = x W^T for several matrices that read the same rows. Called by every thread of the pool.
-inline void linear(ThreadPool& pool, const Kernels& kernels, const Activations& x, int64_t num_tokens,
+inline void linear(ThreadPool& pool, int thread, const Kernels& kernels, const LinearInput& x,
                    std::initializer_list<LinearOp> ops) {
-  int64_t tiles = 0;
-  for (const LinearOp& op : ops) tiles += num_tiles(op.weight->rows);
-  const int64_t token_blocks = (num_tokens + kTokenBlock - 1) / kTokenBlock;
-  const int64_t per_thread = tiles / (8 * pool.num_threads());
-  const int64_t chunk = per_thread < 1 ? 1 : per_thread > 8 ? 8 : per_thread;
-  pool.parallel_for(tiles * token_blocks, chunk, [&](int64_t first, int64_t last) {
-    while (first < last) {
-      const int64_t m = first / tiles * kTokenBlock;
-      const int64_t count = num_tokens - m < kTokenBlock ? num_tokens - m : kTokenBlock;
-      int64_t tile = first % tiles;
-      for (const LinearOp& op : ops) {
-        const Matrix& w = *op.weight;
-        const int64_t in_matrix = num_tiles(w.rows);
-        if (tile >= in_matrix) {
-          tile -= in_matrix;
-          continue;
-        }
-        const int64_t end = tile + (last - first) < in_matrix ? tile + (last - first) : in_matrix;
-        const int64_t groups = padded_columns(w.columns) / kGroupColumns;
-        float* out = op.out + m * op.out_stride;
-        if (is_float(w.format)) {
-          const FloatRows all = x.floats();
-          kernels.matmul_float[int(w.format)](w.tiles, w.tile_stride(), groups, tile, end,
-                                              {all.values(m), all.stride}, count, out, op.out_stride);
-        } else {
-          const QuantizedRows all = x.quantized();
-          kernels.matmul[int(w.format)](w.tiles, w.tile_stride(), groups, tile, end,
-                                        {all.values(m), all.scales(m), all.sums(m), all.columns}, count,
-                                        out, op.out_stride);
-        }
-        first += end - tile;
-        break;
+  int64_t per_block = 0;  // work items
+  const auto num_items = [](const Matrix& w) {
+    return (num_tiles(w.rows) + tiles_at_a_time(w) - 1) / tiles_at_a_time(w);
+  };
+  for (const LinearOp& op : ops) per_block += num_items(*op.weight);
+  pool.parallel_for(thread, per_block * num_token_blocks(x), [&](int64_t item) {
+    const int64_t block = item / per_block;
+    item %= per_block;
+    for (const LinearOp& op : ops) {
+      const Matrix& w = *op.weight;
+      if (item >= num_items(w)) {
+        item -= num_items(w);
+        continue;
       }
+      const int64_t first = item * tiles_at_a_time(w), last = first + tiles_at_a_time(w);
+      float* out = op.out + block_start(x, block) * op.out_stride + first * kTileRows;
+      multiply_tiles(kernels, w, first, last < num_tiles(w.rows) ? last : num_tiles(w.rows), x, block, out,
+                     op.out_stride);
+      return;
     }
   });
 }

@@ -32,18 +32,43 @@ void Model::add_layer(AttentionConfig attention, AttentionWeights weights, Dense
   layers_.push_back({AttentionLayer(attention, std::move(weights)), std::move(ffn), std::move(norms)});
 }
 
+Model::Stream::Stream(int64_t max_tokens, int64_t max_logits, const Model& model)
+    : hidden(max_tokens, model.config_.hidden_size),
+      normed(max_tokens, model.config_.hidden_size),
+      head_input(max_logits, model.config_.hidden_size) {
+  int64_t columns = model.config_.hidden_size;  // attention's output passes through here as well
+  for (const AttentionShape& shape : model.shapes_)
+    columns = std::max(columns, int64_t(shape.num_heads) * shape.head_dim);
+  quantized = QuantizedBuffer(max_tokens, columns);
+  head_quantized = QuantizedBuffer(max_logits * model.terms_per_logit(), model.config_.hidden_size);
+}
+
+int64_t Model::Stream::bytes() const {
+  return hidden.bytes() + normed.bytes() + head_input.bytes() + quantized.bytes() + head_quantized.bytes();
+}
+
 Model::Workspace::Workspace(const Limits& limits, int num_threads, const Model& model)
-    : hidden(limits.max_tokens, model.config_.hidden_size),
-      normed(limits.max_tokens, model.config_.hidden_size),
-      update(limits.max_tokens, model.config_.hidden_size),
-      last(limits.max_logits * model.terms_per_logit(), model.config_.hidden_size),
+    : update(limits.max_tokens, model.config_.hidden_size),
       logits(limits.max_logits * model.logits_stride()),
       attention(limits, num_threads, model.plans_),
-      dense(limits.max_tokens,
-            std::max_element(model.layers_.begin(), model.layers_.end(), [](const Layer& a, const Layer& b) {
-              return a.ffn.weights().up.rows < b.ffn.weights().up.rows;
-            })->ffn.weights().up.rows),
-      token_seq(limits.max_tokens) {}
+      dense(model.dense_workspace(limits)),
+      shared(limits.max_tokens, limits.max_logits, model),
+      token_seq(limits.max_tokens) {
+  for (int t = 0; t < num_threads; ++t) {
+    replicas.emplace_back(kReplicatedTokens, kReplicatedTokens, model);
+    heads.emplace_back(limits.max_logits * model.terms_per_logit() * kTileRows * tiles_at_a_time(model.lm_head_));
+  }
+}
+
+DenseWorkspace Model::dense_workspace(const Limits& limits) const {
+  int64_t columns = 0;
+  bool floats = false;
+  for (const Layer& layer : layers_) {
+    columns = std::max(columns, layer.ffn.weights().up.rows);
+    floats |= is_float(layer.ffn.weights().down.format);
+  }
+  return {limits.max_tokens, columns, floats};
+}
 
 void Model::allocate(const Limits& limits) {
   limits_ = limits;
@@ -57,8 +82,11 @@ void Model::allocate(const Limits& limits) {
 }
 
 int64_t Model::workspace_bytes() const {
-  int64_t bytes = ws_->hidden.bytes() + ws_->normed.bytes() + ws_->update.bytes() + ws_->last.bytes() +
-                  ws_->logits.bytes() + ws_->attention.bytes() + ws_->dense.bytes();
+  int64_t bytes = ws_->update.bytes() + ws_->logits.bytes() + ws_->attention.bytes() + ws_->dense.bytes() +
+                  ws_->shared.bytes();
+  for (const Stream& replica : ws_->replicas) bytes += replica.bytes();
+  for (const Buffer<float>& head : ws_->heads) bytes += head.bytes();
+  for (const AttentionPlan& plan : plans_) bytes += plan.bytes();
   for (const RopeTable& rope : ropes_) bytes += rope.cos.bytes() + rope.sin.bytes();
   return bytes;
 }
@@ -118,62 +146,79 @@ const float* Model::forward(Batch batch) {
   return ws_->logits.data();
 }
 
-// Every thread runs this; the stages inside share the work.
+// Every thread runs this; the stages inside share the work. A decode step meets at five barriers a
+// layer: after q k v, attention, o, gate and up, down.
 void Model::step(const Step& s) {
   embed(s);
-  const int64_t stride = ws_->update.columns();
+  const int64_t num_tokens = s.batch.num_tokens, stride = ws_->update.columns();
   float* update = ws_->update.row(0);
   const Vector none;
-  const Vector* post = &none;  // of the previous layer
   for (size_t i = 0; i < layers_.size(); ++i) {
     const Layer& layer = layers_[i];
-    const AttentionConfig& attention = layer.attention.config();
-    add_and_norm(s, *post, layer.norms.mixer);
-    layer.attention.forward(s, ws_->normed, ropes_[attention.rope], plans_[attention.plan], ws_->attention,
-                            update, stride);
-    if (layer.attention.weights().o_bias)
-      s.pool.parallel_for(s.batch.num_tokens, 1, [&](int64_t first, int64_t last) {
-        for (int64_t t = first; t < last; ++t)
-          kernels_.add(update + t * stride, layer.attention.weights().o_bias.data(), stride);
+    const AttentionLayer& attention = layer.attention;
+    const AttentionConfig& config = attention.config();
+    attention.attend(s, input(s, stream(s).normed.floats(num_tokens)), ropes_[config.rope], plans_[config.plan],
+                     ws_->attention);
+    const LinearInput attended = input(s, ws_->attention.out.floats(num_tokens));
+    if (!is_float(attention.weights().o.format))
+      s.for_tokens(num_tokens, [&](int64_t t) {
+        kernels_.quantize(attended.floats.row(t), 0, attended.quantized.num_groups, attended.quantized, t);
       });
-    add_and_norm(s, layer.norms.mixer_post, layer.norms.ffn);
-    layer.ffn.forward(s, ws_->normed, ws_->dense, update, stride);
-    post = &layer.norms.ffn_post;
+    linear(s.pool, s.thread, kernels_, attended, {{&attention.weights().o, update, stride}});
+    add_and_norm(s, attention.weights().o_bias, layer.norms.mixer_post, layer.norms.ffn);
+    layer.ffn.forward(s, input(s, stream(s).normed.floats(num_tokens)), ws_->dense, update, stride);
+    add_and_norm(s, none, layer.norms.ffn_post, i + 1 < layers_.size() ? layers_[i + 1].norms.mixer : norm_);
   }
-  add_and_norm(s, *post, norm_);
   if (s.batch.num_logits > 0) project_logits(s);
 }
 
-// Token embeddings into `update`: the first add_and_norm puts them into the residual stream.
+const Model::Stream& Model::stream(const Step& s) const {
+  return s.replicated() ? ws_->replicas[s.thread] : ws_->shared;
+}
+
+LinearInput Model::input(const Step& s, const FloatRows& floats) const {
+  return {floats, stream(s).quantized.rows(s.batch.num_tokens, floats.columns)};
+}
+
+// Token embeddings into the residual stream, and their first norm.
 void Model::embed(const Step& s) {
-  s.pool.parallel_for(s.batch.num_tokens, 1, [&](int64_t first, int64_t last) {
-    for (int64_t t = first; t < last; ++t) {
-      const int32_t id = s.batch.token_ids[t];
-      float* row = ws_->update.row(t);
-      dequantize_row(embedding_.format, embedding_.tile(id / kTileRows), id % kTileRows, config_.hidden_size, row);
-      for (int64_t c = 0; c < config_.hidden_size; ++c) row[c] *= config_.embedding_scale;
-      memset(ws_->hidden.row(t), 0, ws_->hidden.columns() * sizeof(float));
-      for (RopeTable& rope : ropes_)
-        for (int i = 0; i < rope.num_pairs(); ++i) {
-          const float angle = float(s.batch.positions[t]) * rope.inv_freq[i];
-          rope.cos.data()[t * rope.num_pairs() + i] = cosf(angle) * rope.attention_factor;
-          rope.sin.data()[t * rope.num_pairs() + i] = sinf(angle) * rope.attention_factor;
-        }
-    }
+  const Stream& stream = this->stream(s);
+  s.for_tokens(s.batch.num_tokens, [&](int64_t t) {
+    const int32_t id = s.batch.token_ids[t];
+    float* hidden = stream.hidden.row(t);
+    dequantize_row(embedding_.format, embedding_.tile(id / kTileRows), id % kTileRows, config_.hidden_size, hidden);
+    for (int64_t c = 0; c < config_.hidden_size; ++c) hidden[c] *= config_.embedding_scale;
+    norm_token(s, layers_[0].norms.mixer, t);
+    if (s.replicated() && s.thread != 0) return;  // tables are for all, and first read after a barrier
+    for (RopeTable& rope : ropes_)
+      for (int i = 0; i < rope.num_pairs(); ++i) {
+        const float angle = float(s.batch.positions[t]) * rope.inv_freq[i];
+        rope.cos_of(t)[i] = cosf(angle) * rope.attention_factor;
+        rope.sin_of(t)[i] = sinf(angle) * rope.attention_factor;
+      }
   });
 }
 
-// hidden += post_norm(update); normed = norm(hidden), also in int8.
-void Model::add_and_norm(const Step& s, const Vector& post_norm, const Vector& norm) {
-  const int64_t columns = config_.hidden_size;
-  s.pool.parallel_for(s.batch.num_tokens, 1, [&](int64_t first, int64_t last) {
-    for (int64_t t = first; t < last; ++t) {
-      float *update = ws_->update.row(t), *hidden = ws_->hidden.row(t);
-      if (post_norm) kernels_.rms_norm(update, post_norm.data(), columns, config_.norm_eps, update);
-      kernels_.add(hidden, update, ws_->hidden.columns());
-      kernels_.rms_norm(hidden, norm.data(), columns, config_.norm_eps, ws_->normed.row(t));
-      ws_->normed.quantize(kernels_, t);
-    }
+void Model::norm_token(const Step& s, const Vector& norm, int64_t token) {
+  const Stream& stream = this->stream(s);
+  kernels_.rms_norm(stream.hidden.row(token), norm.data(), config_.hidden_size, config_.norm_eps,
+                    stream.normed.row(token));
+  const LinearInput out = input(s, stream.normed.floats(s.batch.num_tokens));
+  kernels_.quantize(stream.normed.row(token), 0, out.quantized.num_groups, out.quantized, token);
+}
+
+// hidden += post_norm(update + bias); normed = norm(hidden), also in int8.
+void Model::add_and_norm(const Step& s, const Vector& bias, const Vector& post_norm, const Vector& norm) {
+  const Stream& stream = this->stream(s);
+  s.for_tokens(s.batch.num_tokens, [&](int64_t t) {
+    float* hidden = stream.hidden.row(t);
+    const float* update = ws_->update.row(t);
+    if (post_norm)
+      kernels_.add_normed(hidden, update, post_norm.data(), config_.hidden_size, config_.norm_eps);
+    else
+      kernels_.add(hidden, update, stream.hidden.columns());
+    if (bias) kernels_.add(hidden, bias.data(), stream.hidden.columns());
+    norm_token(s, norm, t);
   });
 }
 
@@ -181,26 +226,31 @@ void Model::add_and_norm(const Step& s, const Vector& post_norm, const Vector& n
 // rounding there costs a quarter of the whole model's divergence (benchmarks/kld.py), and a
 // second row per sequence costs little where the head's bytes are the limit.
 void Model::project_logits(const Step& s) {
-  const int64_t num_logits = s.batch.num_logits, terms = terms_per_logit();
-  s.pool.parallel_for(num_logits, 1, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      const float* x = ws_->normed.row(s.batch.logits_indices[i]);
-      memcpy(ws_->last.row(i * terms), x, ws_->last.columns() * sizeof(float));
-      if (terms == 1) continue;
-      ws_->last.quantize(kernels_, i * terms);
-      ws_->last.subtract_quantized(i * terms, ws_->last.row(i * terms + 1));
-      ws_->last.quantize(kernels_, i * terms + 1);
+  const Stream& stream = this->stream(s);
+  const int64_t num_logits = s.batch.num_logits, terms = terms_per_logit(), stride = logits_stride();
+  const LinearInput x = {stream.head_input.floats(num_logits),
+                         stream.head_quantized.rows(num_logits * terms, config_.hidden_size)};
+  s.for_tokens(num_logits, [&](int64_t i) {
+    float* row = stream.head_input.row(i);
+    memcpy(row, stream.normed.row(s.batch.logits_indices[i]), stream.head_input.columns() * sizeof(float));
+    if (terms == 1) return;
+    kernels_.quantize(row, 0, x.quantized.num_groups, x.quantized, 2 * i);
+    x.quantized.subtract_from(row, 2 * i);
+    kernels_.quantize(row, 0, x.quantized.num_groups, x.quantized, 2 * i + 1);
+  });
+  const int64_t tiles = num_tiles(lm_head_.rows), chunk = tiles_at_a_time(lm_head_), width = chunk * kTileRows;
+  float* scratch = ws_->heads[s.thread].data();
+  s.pool.parallel_for(s.thread, (tiles + chunk - 1) / chunk, [&](int64_t item) {
+    const int64_t first = item * chunk, last = std::min(first + chunk, tiles);
+    for (int64_t block = 0; block < num_token_blocks(x); ++block)
+      multiply_tiles(kernels_, lm_head_, first, last, x, block, scratch + block_start(x, block) * width, width);
+    for (int64_t i = 0; i < num_logits; ++i) {
+      float* terms_of_row = scratch + i * terms * width;
+      if (terms == 2) kernels_.add(terms_of_row, terms_of_row + width, (last - first) * kTileRows);
+      memcpy(ws_->logits.data() + i * stride + first * kTileRows, terms_of_row,
+             (last - first) * kTileRows * sizeof(float));
     }
   });
-  const int64_t stride = lm_head_.padded_rows();
-  linear(s.pool, kernels_, ws_->last, num_logits * terms, {{&lm_head_, ws_->logits.data(), stride}});
-  if (terms == 2)
-    s.pool.parallel_for(num_logits, 1, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) {
-        float* logits = ws_->logits.data() + i * logits_stride();
-        kernels_.add(logits, logits + stride, stride);
-      }
-    });
 }
 
 }  // namespace tael

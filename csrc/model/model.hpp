@@ -35,7 +35,7 @@ class Model {
   // Throws std::out_of_range for a batch beyond the limits, the vocabulary or the block pools.
   const float* forward(Batch batch);
 
-  int64_t logits_stride() const { return lm_head_.padded_rows() * terms_per_logit(); }
+  int64_t logits_stride() const { return lm_head_.padded_rows(); }
   const ModelConfig& config() const { return config_; }
   int num_cache_groups() const { return int(pool_blocks_.size()); }
   int64_t workspace_bytes() const;
@@ -46,25 +46,37 @@ class Model {
     DenseLayer ffn;
     LayerNorms norms;
   };
+  // The residual stream and what linear layers read of it: one for all threads, and a small one
+  // for each, of the steps in which they do the same work (Step::replicated).
+  struct Stream {
+    Stream(int64_t max_tokens, int64_t max_logits, const Model& model);
+    int64_t bytes() const;
+    Rows hidden, normed, head_input;
+    QuantizedBuffer quantized, head_quantized;
+  };
   // Buffers of one step.
   struct Workspace {
     Workspace(const Limits& limits, int num_threads, const Model& model);
-    Activations hidden;  // the residual stream, in float
-    Activations normed;
-    Activations update;  // what a layer adds
-    Activations last;    // rows whose logits are wanted
+    Rows update;  // what a layer adds to the residual stream
     Buffer<float> logits;
     AttentionWorkspace attention;
     DenseWorkspace dense;
+    Stream shared;
+    std::vector<Stream> replicas;      // per thread
+    std::vector<Buffer<float>> heads;  // per thread: logits of a few tiles, both terms
     std::vector<int32_t> token_seq;
   };
 
   // Int8 rows that stand for one row of the head's input.
   int terms_per_logit() const { return is_float(lm_head_.format) ? 1 : 2; }
+  DenseWorkspace dense_workspace(const Limits& limits) const;
   void check(const Batch& batch) const;
   void step(const Step& step);
+  const Stream& stream(const Step& step) const;
+  LinearInput input(const Step& step, const FloatRows& floats) const;
   void embed(const Step& step);
-  void add_and_norm(const Step& step, const Vector& post_norm, const Vector& norm);
+  void norm_token(const Step& step, const Vector& norm, int64_t token);
+  void add_and_norm(const Step& step, const Vector& bias, const Vector& post_norm, const Vector& norm);
   void project_logits(const Step& step);
 
   const Kernels& kernels_;

@@ -31,13 +31,30 @@ struct Batch {
   const int32_t* logits_indices;
   const int32_t* token_seq;
   std::vector<BlockTable> block_tables;  // one per cache group
+
+  // One token per sequence: none reads what another of this step appends to the KV cache.
+  bool is_decode() const { return num_tokens == num_seqs; }
 };
+
+constexpr int64_t kReplicatedTokens = 4;
 
 struct Step {
   const Batch& batch;
   const Kernels& kernels;
   ThreadPool& pool;
   int thread;
+
+  // Whether every thread does all work on single tokens by itself, in buffers of its own: for a few
+  // tokens that takes less time than to meet at a barrier.
+  bool replicated() const { return batch.num_tokens <= kReplicatedTokens; }
+
+  // Calls fn(token) for all tokens, shared among the threads unless replicated.
+  template <class Fn> void for_tokens(int64_t num_tokens, Fn&& fn) const {
+    if (replicated())
+      for (int64_t t = 0; t < num_tokens; ++t) fn(t);
+    else
+      pool.parallel_for(thread, num_tokens, fn);
+  }
 };
 
 // A vector parameter, padded with zeros to whole groups; empty where the model has none.
@@ -52,6 +69,8 @@ struct RopeTable {
   float attention_factor;
   Buffer<float> cos, sin;  // [max_tokens, num_pairs], of this step
   int num_pairs() const { return int(inv_freq.size()); }
+  float* cos_of(int64_t token) const { return cos.data() + token * num_pairs(); }
+  float* sin_of(int64_t token) const { return sin.data() + token * num_pairs(); }
 };
 
 }  // namespace tael

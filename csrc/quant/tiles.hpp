@@ -1,10 +1,11 @@
 // How to read each quantised format's blocks from a tile (layout: formats.hpp). A kernel opens a
-// block, which decodes its scales once, then walks its groups of 32 columns:
+// block, which decodes what its groups share, then walks its groups of 32 columns. A group has
+// one scale, or one for each half (kSub == 16):
 //
-//     value(row, column) = scale * (q - kZero)             kSub == 32, no minimum
-//     value(row, column) = scale * q + minimum             kSub == 32, kHasMin
-//     value(row, column) = d * (sub * (q - kZero))         kSub == 16, sub an integer per 16 columns
-//     value(row, column) = d * (sub * q) + dmin * sub_min  kSub == 16, kHasMin
+//     value(row, column) = scale(group, part) * (q - kZero)                   kZero >= 0
+//     value(row, column) = scale(group, part) * q + minimum(group, part)      kHasMin, kZero == 0
+//
+// q is an unsigned byte of values<step>(group), which is columns 4 * step to 4 * step + 3.
 #pragma once
 
 #include "common/half.hpp"
@@ -46,17 +47,18 @@ template <class S, int planes, int zero, bool has_min> struct Simple {
   static constexpr int kGroups = 1, kSub = 32, kZero = zero;
   static constexpr bool kHasMin = has_min;
   static constexpr int kBlockBytes = planes + 32 + (has_min ? 32 : 0);
+  const uint8_t* block;
   typename S::F d, m;
-  explicit Simple(const uint8_t* p) : d(S::load_f16(p + planes)) {
+  explicit Simple(const uint8_t* p) : block(p), d(S::load_f16(p + planes)) {
     if constexpr (has_min) m = S::load_f16(p + planes + 32);
   }
-  typename S::F scale(int) const { return d; }
-  typename S::F minimum(int) const { return m; }
+  typename S::F scale(int, int) const { return d; }
+  typename S::F minimum(int, int) const { return m; }
 };
 
 template <class S, int zero, bool has_min> struct FourBit : Simple<S, kNibbles, zero, has_min> {
   using Simple<S, kNibbles, zero, has_min>::Simple;
-  template <int step> static typename S::B values(const uint8_t* p, int) { return nibble_step<S, step>(p); }
+  template <int step> typename S::B values(int) const { return nibble_step<S, step>(this->block); }
 };
 template <class S> using Q4_0 = FourBit<S, 8, false>;
 template <class S> using Q4_1 = FourBit<S, 0, true>;
@@ -64,8 +66,9 @@ template <class S> using Q4_1 = FourBit<S, 0, true>;
 template <class S, int zero, bool has_min>
 struct FiveBit : Simple<S, kNibbles + kBits1, zero, has_min> {
   using Simple<S, kNibbles + kBits1, zero, has_min>::Simple;
-  template <int step> static typename S::B values(const uint8_t* p, int) {
-    return S::template or_bit<step, 4>(nibble_step<S, step>(p), S::load_bytes(p + kNibbles));
+  template <int step> typename S::B values(int) const {
+    return S::template or_bit<step, 4>(nibble_step<S, step>(this->block),
+                                       S::load_bytes(this->block + kNibbles));
   }
 };
 template <class S> using Q5_0 = FiveBit<S, 16, false>;
@@ -73,26 +76,27 @@ template <class S> using Q5_1 = FiveBit<S, 0, true>;
 
 template <class S> struct Q8_0 : Simple<S, kBytes, 128, false> {
   using Simple<S, kBytes, 128, false>::Simple;
-  template <int step> static typename S::B values(const uint8_t* p, int) {
-    return S::load_bytes(p + step * 64);
+  template <int step> typename S::B values(int) const {
+    return S::load_bytes(this->block + step * 64);
   }
 };
 
 template <class S> struct IQ4_NL : Simple<S, kNibbles, 128, false> {
   using Simple<S, kNibbles, 128, false>::Simple;
-  template <int step> static typename S::B values(const uint8_t* p, int) {
-    return S::lookup(kIQ4NLCodebook, nibble_step<S, step>(p));
+  template <int step> typename S::B values(int) const {
+    return S::lookup(kIQ4NLCodebook, nibble_step<S, step>(this->block));
   }
 };
 
 template <class S> struct MXFP4 {
   static constexpr int kGroups = 1, kSub = 32, kZero = 128, kBlockBytes = kNibbles + 16;
   static constexpr bool kHasMin = false;
+  const uint8_t* block;
   typename S::F d;
-  explicit MXFP4(const uint8_t* p) : d(load_e8m0_half<S>(p + kNibbles)) {}
-  typename S::F scale(int) const { return d; }
-  template <int step> static typename S::B values(const uint8_t* p, int) {
-    return S::lookup(kMXFP4Codebook, nibble_step<S, step>(p));
+  explicit MXFP4(const uint8_t* p) : block(p), d(load_e8m0_half<S>(p + kNibbles)) {}
+  typename S::F scale(int, int) const { return d; }
+  template <int step> typename S::B values(int) const {
+    return S::lookup(kMXFP4Codebook, nibble_step<S, step>(block));
   }
 };
 
@@ -100,8 +104,9 @@ template <class S> struct MXFP4 {
 template <class S, int planes> struct AffineK {
   static constexpr int kGroups = 8, kSub = 32, kZero = 0, kBlockBytes = planes + 192 + 64;
   static constexpr bool kHasMin = true;
+  const uint8_t* block;
   typename S::F scales[8], minimums[8];
-  explicit AffineK(const uint8_t* p) {
+  explicit AffineK(const uint8_t* p) : block(p) {
     const uint8_t* packed = p + planes;
     const typename S::F d = S::load_f16(packed + 192);
     const typename S::F dmin = S::sub(S::zero(), S::load_f16(packed + 224));
@@ -110,22 +115,22 @@ template <class S, int planes> struct AffineK {
       minimums[g] = S::mul(dmin, S::from_int(load_six_bits<S>(packed, 8 + g)));
     }
   }
-  typename S::F scale(int g) const { return scales[g]; }
-  typename S::F minimum(int g) const { return minimums[g]; }
+  typename S::F scale(int g, int) const { return scales[g]; }
+  typename S::F minimum(int g, int) const { return minimums[g]; }
 };
 
 template <class S> struct Q4_K : AffineK<S, 8 * kNibbles> {
   using AffineK<S, 8 * kNibbles>::AffineK;
-  template <int step> static typename S::B values(const uint8_t* p, int g) {
-    return nibble_step<S, step>(p + g * kNibbles);
+  template <int step> typename S::B values(int g) const {
+    return nibble_step<S, step>(this->block + g * kNibbles);
   }
 };
 
 template <class S> struct Q5_K : AffineK<S, 8 * (kNibbles + kBits1)> {
   using AffineK<S, 8 * (kNibbles + kBits1)>::AffineK;
-  template <int step> static typename S::B values(const uint8_t* p, int g) {
-    return S::template or_bit<step, 4>(nibble_step<S, step>(p + g * kNibbles),
-                                       S::load_bytes(p + 8 * kNibbles + g * kBits1));
+  template <int step> typename S::B values(int g) const {
+    return S::template or_bit<step, 4>(nibble_step<S, step>(this->block + g * kNibbles),
+                                       S::load_bytes(this->block + 8 * kNibbles + g * kBits1));
   }
 };
 
@@ -136,11 +141,12 @@ template <class S> struct Q6_K {
   const uint8_t* block;
   typename S::F d;
   explicit Q6_K(const uint8_t* p) : block(p), d(S::load_f16(p + kScales + 256)) {}
-  typename S::F scale(int) const { return d; }
-  typename S::I sub_scale(int s) const { return S::load_s8(block + kScales + s * 16); }
-  template <int step> static typename S::B values(const uint8_t* p, int g) {
-    return or_bits2_step<S, step>(nibble_step<S, step>(p + g * kNibbles),
-                                  p + 8 * kNibbles + g * kBits2, true);
+  typename S::F scale(int g, int part) const {
+    return S::mul(d, S::from_int(S::load_s8(block + kScales + (2 * g + part) * 16)));
+  }
+  template <int step> typename S::B values(int g) const {
+    return or_bits2_step<S, step>(nibble_step<S, step>(block + g * kNibbles),
+                                  block + 8 * kNibbles + g * kBits2, true);
   }
 };
 
@@ -151,13 +157,13 @@ template <class S> struct Q3_K {
   const uint8_t* block;
   typename S::F d;
   explicit Q3_K(const uint8_t* p) : block(p), d(S::load_f16(p + kScales + 192)) {}
-  typename S::F scale(int) const { return d; }
-  typename S::I sub_scale(int s) const {
-    return S::add_int(load_six_bits<S>(block + kScales, s), S::splat_int(-32));
+  typename S::F scale(int g, int part) const {
+    const typename S::I sub = load_six_bits<S>(block + kScales, 2 * g + part);
+    return S::mul(d, S::from_int(S::add_int(sub, S::splat_int(-32))));
   }
-  template <int step> static typename S::B values(const uint8_t* p, int g) {
-    return S::template or_bit<step, 2>(or_bits2_step<S, step>(S::zero_bytes(), p + g * kBits2, false),
-                                       S::load_bytes(p + 8 * kBits2 + g * kBits1));
+  template <int step> typename S::B values(int g) const {
+    return S::template or_bit<step, 2>(or_bits2_step<S, step>(S::zero_bytes(), block + g * kBits2, false),
+                                       S::load_bytes(block + 8 * kBits2 + g * kBits1));
   }
 };
 
@@ -170,15 +176,18 @@ template <class S> struct Q2_K {
   explicit Q2_K(const uint8_t* p)
       : block(p), d(S::load_f16(p + kScales + 256)),
         dmin(S::sub(S::zero(), S::load_f16(p + kScales + 288))) {}
-  typename S::F scale(int) const { return d; }
-  typename S::F minimum(int) const { return dmin; }
-  typename S::I sub_scale(int s) const { return S::and_int(S::load_u8(block + kScales + s * 16), 15); }
-  typename S::I sub_minimum(int s) const {
-    return S::template shr_int<4>(S::load_u8(block + kScales + s * 16));
+  typename S::F scale(int g, int part) const {
+    return S::mul(d, S::from_int(S::and_int(S::load_u8(scale_bytes(g, part)), 15)));
   }
-  template <int step> static typename S::B values(const uint8_t* p, int g) {
-    return or_bits2_step<S, step>(S::zero_bytes(), p + g * kBits2, false);
+  typename S::F minimum(int g, int part) const {
+    return S::mul(dmin, S::from_int(S::template shr_int<4>(S::load_u8(scale_bytes(g, part)))));
   }
+  template <int step> typename S::B values(int g) const {
+    return or_bits2_step<S, step>(S::zero_bytes(), block + g * kBits2, false);
+  }
+
+ private:
+  const uint8_t* scale_bytes(int g, int part) const { return block + kScales + (2 * g + part) * 16; }
 };
 
 }  // namespace tael::tiles

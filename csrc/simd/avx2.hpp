@@ -13,6 +13,11 @@ struct Avx2 {
   struct F { __m256 a, b; };
   struct I { __m256i a, b; };
   using B = I;
+  using X = __m256i;
+
+  // Of 16 registers, two to each accumulator.
+  static constexpr int kPanelTiles = 1, kPanelTokens = 3, kTileTokens = 2;
+  static constexpr int kAttentionRows = 2;
 
   static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   static F splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
@@ -65,6 +70,10 @@ struct Avx2 {
     return _mm_cvtss_f32(_mm_max_ss(m2, _mm_movehdup_ps(m2)));
   }
   static F from_int(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+  static F nearest(F x) {
+    constexpr int kMode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return {_mm256_round_ps(x.a, kMode), _mm256_round_ps(x.b, kMode)};
+  }
   static F scale_exponent(F x, F n) {
     const auto power = [](__m256 e) {
       const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(e), _mm256_set1_epi32(127));
@@ -111,6 +120,10 @@ struct Avx2 {
   static B load_bytes(const uint8_t* p) {
     return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
   }
+  static void store_bytes(uint8_t* p, B x) {
+    _mm256_storeu_si256((__m256i*)p, x.a);
+    _mm256_storeu_si256((__m256i*)(p + 32), x.b);
+  }
   template <class Fn> static B both(B x, Fn fn) { return {fn(x.a), fn(x.b)}; }
   static __m256i and_byte(__m256i x, int mask) { return _mm256_and_si256(x, _mm256_set1_epi8(char(mask))); }
   static B low_nibbles(B x) { return both(x, [](__m256i v) { return and_byte(v, 15); }); }
@@ -140,13 +153,16 @@ struct Avx2 {
 
   // maddubs adds two products in 16 bits, which holds for values up to 127. Eight-bit values
   // (zero point 128) are made signed first, |w| <= 128: 2 * 128 * 127 still fits.
-  template <int zero> static I dot_start(int32_t activation_sum) {
-    return splat_int(zero == 128 ? 0 : -zero * activation_sum);
-  }
-  template <int zero> static I dot(I acc, B w, const int8_t* x) {
+  static X splat_four(const int8_t* x) {
     int32_t four;
     memcpy(&four, x, 4);
-    const __m256i xs = _mm256_set1_epi32(four);
+    return _mm256_set1_epi32(four);
+  }
+  template <int zero> static I dot_start(I activation_sum) {
+    if (zero == 0 || zero == 128) return splat_int(0);
+    return mul_int(activation_sum, splat_int(-zero));
+  }
+  template <int zero> static I dot(I acc, B w, X xs) {
     const auto add = [&](__m256i sum, __m256i v) {
       __m256i pairs;
       if (zero == 128) {
@@ -158,6 +174,22 @@ struct Avx2 {
       return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
     };
     return {add(acc.a, w.a), add(acc.b, w.b)};
+  }
+
+  static F dot_bf16(F acc, B a, X b) {
+    const I pair = {b, b};
+    return fma(as_float(shl_int<16>(a)), as_float(shl_int<16>(pair)), fma(odd_bf16(a), odd_bf16(pair), acc));
+  }
+  static F odd_bf16(B a) { return as_float(and_int(a, int(0xffff0000))); }
+  static void store_bf16(uint16_t* p, F x) {
+    const auto round = [](__m256 v) {
+      const __m256i bits = _mm256_castps_si256(v);
+      const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+      const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+      const __m256 nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
+      return _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0), _mm256_castps_si256(nan));
+    };
+    _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(_mm256_packus_epi32(round(x.a), round(x.b)), 0xd8));
   }
 };
 

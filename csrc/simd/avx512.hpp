@@ -13,6 +13,11 @@ struct Avx512 {
   using F = __m512;
   using I = __m512i;
   using B = __m512i;
+  using X = __m512i;
+
+  // 24 accumulators, integer and float, of 32 registers; one broadcast serves two dot products.
+  static constexpr int kPanelTiles = 2, kPanelTokens = 6, kTileTokens = 6;
+  static constexpr int kAttentionRows = 8;
 
   static F zero() { return _mm512_setzero_ps(); }
   static F splat(float x) { return _mm512_set1_ps(x); }
@@ -49,6 +54,7 @@ struct Avx512 {
   }
   static float max_lane(F a) { return _mm512_reduce_max_ps(a); }
   static F from_int(I a) { return _mm512_cvtepi32_ps(a); }
+  static F nearest(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static F scale_exponent(F a, F n) { return _mm512_scalef_ps(a, n); }
   static F zero_below(F a, F x, float limit) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, splat(limit), _CMP_NLT_UQ), a);
@@ -90,13 +96,33 @@ struct Avx512 {
     return _mm512_xor_si512(_mm512_shuffle_epi8(table, index), _mm512_set1_epi8(char(0x80)));
   }
 
-  template <int zero> static I dot_start(int32_t activation_sum) {
-    return _mm512_set1_epi32(-zero * activation_sum);
-  }
-  template <int zero> static I dot(I acc, B w, const int8_t* x) {
+  static void store_bytes(uint8_t* p, B a) { _mm512_storeu_si512(p, a); }
+
+  static X splat_four(const int8_t* x) {
     int32_t four;
     memcpy(&four, x, 4);
-    return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(four));
+    return _mm512_set1_epi32(four);
+  }
+  template <int zero> static I dot_start(I activation_sum) {
+    if (zero == 0) return _mm512_setzero_si512();
+    return _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(activation_sum, __builtin_ctz(zero | 1 << 30)));
+  }
+  template <int zero> static I dot(I acc, B w, X four) { return _mm512_dpbusd_epi32(acc, w, four); }
+
+  static F even_bf16(B a) { return _mm512_castsi512_ps(_mm512_slli_epi32(a, 16)); }
+  static F odd_bf16(B a) {
+    return _mm512_castsi512_ps(_mm512_and_si512(a, _mm512_set1_epi32(int(0xffff0000))));
+  }
+  static F dot_bf16(F acc, B a, X b) {
+    return fma(even_bf16(a), even_bf16(b), fma(odd_bf16(a), odd_bf16(b), acc));
+  }
+  static void store_bf16(uint16_t* p, F a) {
+    const __m512i bits = _mm512_castps_si512(a);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __m512i high = _mm512_srli_epi32(rounded, 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(high, nan, splat_int(0x7fc0))));
   }
 };
 

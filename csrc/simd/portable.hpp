@@ -15,6 +15,12 @@ struct Portable {
   struct F { float v[16]; };
   struct I { int32_t v[16]; };
   struct B { uint8_t v[64]; };
+  struct X { int8_t v[4]; };
+
+  // Shape of the matmul kernels: tiles and tokens of the innermost loop over unpacked weights, and
+  // tokens where a tile is unpacked on the way.
+  static constexpr int kPanelTiles = 1, kPanelTokens = 2, kTileTokens = 2;
+  static constexpr int kAttentionRows = 2;  // that share what is read of K and V
 
   template <class Fn> static F map(Fn fn) {
     F r;
@@ -69,6 +75,8 @@ struct Portable {
     return m;
   }
   static F from_int(I a) { return map([&](int i) { return float(a.v[i]); }); }
+  // Nearest whole number, ties to even, |a| < 2^22: adding 1.5 * 2^23 rounds.
+  static F nearest(F a) { return map([&](int i) { return (a.v[i] + 12582912.0f) - 12582912.0f; }); }
   // Multiplies by 2^n; n is a whole number held in float, both results normal.
   static F scale_exponent(F a, F n) {
     return map([&](int i) { return a.v[i] * bits_to_float(uint32_t(int(n.v[i]) + 127) << 23); });
@@ -114,15 +122,31 @@ struct Portable {
     return map_b([&](int i) { return codebook[index.v[i]] + 128; });
   }
 
+  // Four activations for all rows.
+  static X splat_four(const int8_t* x) { X r; memcpy(&r, x, 4); return r; }
   // Dot products of (unsigned value - zero) with signed activations, over 4 columns of 16 rows:
   // start with dot_start(sum of the activations), then add vectors with dot.
-  template <int zero> static I dot_start(int32_t activation_sum) { return splat_int(-zero * activation_sum); }
-  template <int zero> static I dot(I acc, B w, const int8_t* x) {
+  template <int zero> static I dot_start(I activation_sum) { return mul_int(activation_sum, splat_int(-zero)); }
+  template <int zero> static I dot(I acc, B w, X x) {
     return map_i([&](int i) {
       int32_t s = acc.v[i];
-      for (int k = 0; k < 4; ++k) s += int32_t(w.v[4 * i + k]) * x[k];
+      for (int k = 0; k < 4; ++k) s += int32_t(w.v[4 * i + k]) * x.v[k];
       return s;
     });
+  }
+
+  // acc + a0 b0 + a1 b1 over pairs of bf16; b is one pair for all lanes.
+  static F dot_bf16(F acc, B a, X b) {
+    uint16_t pairs[32], pair[2];
+    memcpy(pairs, &a, sizeof a);
+    memcpy(pair, &b, sizeof b);
+    return map([&](int i) {
+      const float odd = bf16_to_float(pairs[2 * i + 1]) * bf16_to_float(pair[1]) + acc.v[i];
+      return bf16_to_float(pairs[2 * i]) * bf16_to_float(pair[0]) + odd;
+    });
+  }
+  static void store_bf16(uint16_t* p, F a) {
+    for (int i = 0; i < 16; ++i) p[i] = float_to_bf16(a.v[i]);
   }
 };
 

@@ -21,8 +21,9 @@ from random_models import (
 from tael import _native
 from tael.models.spec import ModelSpec
 
-TOLERANCE = 1.5e-3
-"""Of a logit, on one layer. Seeing one key too many or too few changes some by more."""
+TOLERANCE = 2e-3
+"""Of a logit, on one layer: a query that the two round to different sides. Seeing one key too many
+or too few changes some by more."""
 PARTITION = 512  # kPartitionTokens in csrc/kernels/types.hpp
 
 

@@ -1,6 +1,10 @@
 // Softmax attention over paged KV, the query heads of a group together so that K and V are read
-// once. What a row computes depends on its position only: blocks in ascending order, and blocks
-// that it does not see leave its state untouched, whichever rows share its task.
+// once. What a row computes depends on its position only: KV is taken in chunks of 128 positions
+// that start at multiples of 128, and positions that a row does not see add exact zeros, whichever
+// rows share its task (as long as the KV is finite).
+//
+// Scores are in units of log 2, so that a weight is 2^(score - maximum); queries and weights are
+// rounded to bf16, as K and V are, and multiplied in pairs (vdpbf16ps where the CPU has it).
 #pragma once
 
 #include "kernels/math.hpp"
@@ -8,40 +12,43 @@
 
 namespace tael {
 
+constexpr int kChunkBlocks = 4;
+constexpr int kChunkTokens = kChunkBlocks * kBlockTokens;
+
 template <class S> struct AttentionKernel {
   using F = typename S::F;
-  static constexpr int kVectors = kBlockTokens / 16;
   static constexpr float kNegativeInfinity = -__builtin_inff();
 
-  static float& maximum(float* state) { return state[0]; }
-  static float& sum(float* state) { return state[1]; }
+  // State of a row: maximum, sum, then at 16 the weighted sum of values.
   static float* output(float* state) { return state + 16; }
   static const float* output(const float* state) { return state + 16; }
 
   static void partition(const AttentionTask& task, int index, float* states) {
-    const int head_dim = task.kv->head_dim;
-    const int64_t stride = attention_state_floats(head_dim);
-    const int num_rows = task.num_rows();
-    for (int r = 0; r < num_rows; ++r) {
+    const int64_t stride = attention_state_floats(task.kv->head_dim);
+    for (int r = 0; r < task.num_rows(); ++r) {
       float* state = states + r * stride;
-      for (int64_t i = 0; i < stride; ++i) state[i] = 0.0f;
-      maximum(state) = kNegativeInfinity;
+      for (int64_t i = 0; i < stride; i += 16) S::store(state + i, S::zero());
+      state[0] = kNegativeInfinity;
     }
     const int64_t begin = int64_t(index) * kPartitionTokens;
     const int64_t seen = int64_t(task.first_position) - task.window + 1;
     const int64_t end_of_task = int64_t(task.first_position) + task.num_tokens;
     const int64_t first = seen > begin ? seen : begin;
     const int64_t last = begin + kPartitionTokens < end_of_task ? begin + kPartitionTokens : end_of_task;
-    for (int64_t b = first / kBlockTokens; b * kBlockTokens < last; ++b) {
-      const int32_t block = task.block_table[b];
-      const uint16_t* keys = task.kv->keys(block, task.kv_head);
-      const uint16_t* values = task.kv->values(block, task.kv_head);
-      const int64_t rest = last - b * kBlockTokens;
-      const int num_valid = rest < kBlockTokens ? int(rest) : kBlockTokens;
-      int r = 0;
-      for (; r + 4 <= num_rows; r += 4) block_rows<4>(task, r, b, keys, values, num_valid, states, stride);
-      if (num_rows - r >= 2) block_rows<2>(task, r, b, keys, values, num_valid, states, stride), r += 2;
-      if (num_rows - r >= 1) block_rows<1>(task, r, b, keys, values, num_valid, states, stride);
+    if (first >= last) return;
+    Chunk chunk;
+    for (chunk.start = first / kChunkTokens * kChunkTokens; chunk.start < last; chunk.start += kChunkTokens) {
+      chunk.first_block = first > chunk.start ? int(first - chunk.start) / kBlockTokens : 0;
+      const int64_t rest = last - chunk.start;
+      chunk.num_valid = rest < kChunkTokens ? int(rest) : kChunkTokens;
+      const int64_t last_block = (last - 1) / kBlockTokens;
+      for (int b = chunk.first_block; b < chunk.num_blocks(); ++b) {
+        const int64_t i = chunk.start / kBlockTokens + b;
+        chunk.keys[b] = task.kv->keys(task.block_table[i], task.kv_head);
+        chunk.next_keys[b] =
+            task.kv->keys(task.block_table[i + kChunkBlocks < last_block ? i + kChunkBlocks : last_block], task.kv_head);
+      }
+      add_rows<S::kAttentionRows>(task, chunk, states, stride, 0);
     }
   }
 
@@ -49,119 +56,149 @@ template <class S> struct AttentionKernel {
     const int64_t stride = attention_state_floats(head_dim);
     for (int r = 0; r < num_rows; ++r, total += stride, next += stride) {
       if (next[0] == kNegativeInfinity) continue;  // saw nothing
-      const float top = maximum(total) > next[0] ? maximum(total) : next[0];
-      const F a = vector_exp<S>(S::splat(maximum(total) - top));
-      const F b = vector_exp<S>(S::splat(next[0] - top));
-      sum(total) = first_lane(S::fma(S::splat(sum(total)), a, S::mul(S::splat(next[1]), b)));
-      maximum(total) = top;
+      const float top = total[0] > next[0] ? total[0] : next[0];
+      const F a = vector_exp2<S>(S::splat(total[0] - top));
+      const F b = vector_exp2<S>(S::splat(next[0] - top));
+      total[1] = first_lane(S::fma(S::splat(total[1]), a, S::mul(S::splat(next[1]), b)));
+      total[0] = top;
       for (int d = 0; d < head_dim; d += 16)
         S::store(output(total) + d,
                  S::fma(S::load(output(total) + d), a, S::mul(S::load(output(next) + d), b)));
     }
   }
 
-  static void finish(const AttentionTask& task, const float* states, float* out) {
-    const int head_dim = task.kv->head_dim;
-    const int64_t stride = attention_state_floats(head_dim);
-    for (int r = 0; r < task.num_rows(); ++r) {
-      const float* state = states + r * stride;
-      float* row = out + (task.query(r) - task.q);
-      for (int d = 0; d < head_dim; d += 16)
-        S::store(row + d, S::div(S::load(output(state) + d), S::splat(state[1])));
-    }
+  static void finish(const float* state, int head_dim, float* out) {
+    for (int d = 0; d < head_dim; d += 16)
+      S::store(out + d, S::div(S::load(output(state) + d), S::splat(state[1])));
   }
 
  private:
+  // Up to 128 positions, of which blocks first_block to num_blocks() - 1 are looked at.
+  struct Chunk {
+    int64_t start;
+    int first_block;
+    int num_valid;  // positions that hold KV
+    const uint16_t* keys[kChunkBlocks];
+    const uint16_t* next_keys[kChunkBlocks];  // to be fetched meanwhile
+    int num_blocks() const { return (num_valid + kBlockTokens - 1) / kBlockTokens; }
+  };
+
   static float first_lane(F a) {
     float lanes[16];
     S::store(lanes, a);
     return lanes[0];
   }
 
-  // R rows against one block of which num_valid positions hold KV.
+  // All rows from first_row on, R at a time and the rest together.
   template <int R>
-  static void block_rows(const AttentionTask& task, int first_row, int64_t block_index,
-                         const uint16_t* keys, const uint16_t* values, int num_valid, float* states,
+  static void add_rows(const AttentionTask& task, const Chunk& chunk, float* states, int64_t stride, int first_row) {
+    for (; first_row + R <= task.num_rows(); first_row += R)
+      chunk_rows<R>(task, first_row, chunk, states + first_row * stride, stride);
+    if constexpr (R > 1)
+      if (first_row < task.num_rows()) add_rows<R - 1>(task, chunk, states, stride, first_row);
+  }
+
+  template <int R>
+  static void chunk_rows(const AttentionTask& task, int first_row, const Chunk& chunk, float* states,
                          int64_t stride) {
-    float weights[R][kBlockTokens];
-    bool any = false;
-    scores<R>(task, first_row, keys, weights);
-    for (int r = 0; r < R; ++r)
-      any |= softmax_row(task, first_row + r, block_index, weights[r], states + (first_row + r) * stride);
-    if (any) add_values<R>(task.kv->head_dim, values, num_valid, weights, states + first_row * stride, stride);
-  }
-
-  template <int R>
-  static void scores(const AttentionTask& task, int first_row, const uint16_t* keys,
-                     float (*weights)[kBlockTokens]) {
+    alignas(64) float scores[R][kChunkTokens];
+    alignas(64) uint16_t weights[R][kChunkTokens];
+    float rescale[R];
     const int head_dim = task.kv->head_dim;
-    const float* q[R];
-    for (int r = 0; r < R; ++r) q[r] = task.query(first_row + r);
-    F acc[R][kVectors];
+    for (int b = chunk.first_block; b < chunk.num_blocks(); ++b)
+      add_keys<R>(head_dim, task.query(first_row), chunk.keys[b], chunk.next_keys[b], scores[0] + b * kBlockTokens);
+    bool any = false;
     for (int r = 0; r < R; ++r)
-      for (int v = 0; v < kVectors; ++v) acc[r][v] = S::zero();
-    for (int d = 0; d < head_dim; d += 2)
-      for (int v = 0; v < kVectors; ++v) {
-        const uint16_t* pair = keys + (int64_t(v) * head_dim + d) * 16;
-        const F even = S::load_bf16_even(pair), odd = S::load_bf16_odd(pair);
-        for (int r = 0; r < R; ++r) {
-          acc[r][v] = S::fma(S::splat(q[r][d]), even, acc[r][v]);
-          acc[r][v] = S::fma(S::splat(q[r][d + 1]), odd, acc[r][v]);
-        }
-      }
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < kVectors; ++v) S::store(weights[r] + 16 * v, acc[r][v]);
+      any |= softmax_row(task, first_row + r, chunk, scores[r], weights[r], states + r * stride, &rescale[r]);
+    if (!any) return;
+    int d = 0;
+    for (; d + 32 <= head_dim; d += 32) add_values<R, 2>(head_dim, d, chunk, weights[0], rescale, states, stride);
+    if (d < head_dim) add_values<R, 1>(head_dim, d, chunk, weights[0], rescale, states, stride);
   }
 
-  // Turns scores into weights relative to the row's new maximum and rescales its state. False,
-  // with weights of zero, where the row sees no position of the block.
-  static bool softmax_row(const AttentionTask& task, int row, int64_t block_index, float* weights,
-                          float* state) {
-    const int64_t start = block_index * kBlockTokens;
-    const int64_t oldest = int64_t(task.position(row)) - task.window + 1 - start;
-    const int64_t newest = int64_t(task.position(row)) + 1 - start;
-    const int first = oldest > 0 ? int(oldest < kBlockTokens ? oldest : kBlockTokens) : 0;
-    const int last = newest < kBlockTokens ? int(newest > 0 ? newest : 0) : kBlockTokens;
+  // scores[r][position] = q[r] . keys[position], for one block.
+  template <int R>
+  static void add_keys(int head_dim, const uint16_t* q, const uint16_t* keys, const uint16_t* next, float* scores) {
+    F acc[R][2];
+    for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = S::zero();
+    for (int d = 0; d < head_dim; d += 2) {
+      const int64_t low = int64_t(d) * 16, high = low + int64_t(head_dim) * 16;
+      const typename S::B k0 = S::load_bytes((const uint8_t*)(keys + low));
+      const typename S::B k1 = S::load_bytes((const uint8_t*)(keys + high));
+      __builtin_prefetch(next + low, 0, 2);
+      __builtin_prefetch(next + high, 0, 2);
+      for (int r = 0; r < R; ++r) {
+        const typename S::X pair = S::splat_four((const int8_t*)(q + r * head_dim + d));
+        acc[r][0] = S::dot_bf16(acc[r][0], k0, pair);
+        acc[r][1] = S::dot_bf16(acc[r][1], k1, pair);
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < 2; ++v) S::store(scores + r * kChunkTokens + 16 * v, acc[r][v]);
+  }
+
+  // Turns scores into weights relative to the row's new maximum; `rescale` is for what came
+  // before. False, with weights of zero, where the row sees no position of the chunk.
+  static bool softmax_row(const AttentionTask& task, int row, const Chunk& chunk, const float* scores,
+                          uint16_t* weights, float* state, float* rescale) {
+    const int64_t oldest = int64_t(task.position(row)) - task.window + 1 - chunk.start;
+    const int64_t newest = int64_t(task.position(row)) + 1 - chunk.start;
+    const int first = oldest > 0 ? int(oldest < kChunkTokens ? oldest : kChunkTokens) : 0;
+    const int last = newest < chunk.num_valid ? int(newest > 0 ? newest : 0) : chunk.num_valid;
+    const int begin = chunk.first_block * kBlockTokens, end = chunk.num_blocks() * kBlockTokens;
     if (first >= last) {
-      for (int v = 0; v < kVectors; ++v) S::store(weights + 16 * v, S::zero());
+      for (int i = begin; i < end; i += 32) S::store_bytes((uint8_t*)(weights + i), S::zero_bytes());
+      *rescale = 1.0f;
       return false;
     }
-    F s[kVectors];
+    F s[kChunkTokens / 16];
     F top = S::splat(kNegativeInfinity);
-    for (int v = 0; v < kVectors; ++v) {
-      s[v] = S::select_range(first - 16 * v, last - 16 * v, S::load(weights + 16 * v),
-                             S::splat(kNegativeInfinity));
+    for (int v = 0; v < kChunkTokens / 16; ++v) {
+      s[v] = S::select_range(first - 16 * v, last - 16 * v, S::load(scores + 16 * v), S::splat(kNegativeInfinity));
       top = S::max(top, s[v]);
     }
     const float row_top = S::max_lane(top);
-    const float new_maximum = maximum(state) > row_top ? maximum(state) : row_top;
+    const float maximum = state[0] > row_top ? state[0] : row_top;
     F total = S::zero();
-    for (int v = 0; v < kVectors; ++v) {
-      const F p = vector_exp<S>(S::sub(s[v], S::splat(new_maximum)));
-      S::store(weights + 16 * v, p);
-      total = S::add(total, p);
+    for (int v = 0; v < kChunkTokens / 16; ++v) {
+      const F weight = vector_exp2<S>(S::sub(s[v], S::splat(maximum)));
+      S::store_bf16(weights + 16 * v, weight);
+      total = S::add(total, weight);
     }
-    const F rescale = vector_exp<S>(S::splat(maximum(state) - new_maximum));
-    sum(state) = first_lane(S::fma(S::splat(sum(state)), rescale, S::splat(S::sum(total))));
-    maximum(state) = new_maximum;
-    float* out = output(state);
-    for (int d = 0; d < task.kv->head_dim; d += 16) S::store(out + d, S::mul(S::load(out + d), rescale));
+    *rescale = first_lane(vector_exp2<S>(S::splat(state[0] - maximum)));
+    state[0] = maximum;
+    state[1] = state[1] * *rescale + S::sum(total);
     return true;
   }
 
-  template <int R>
-  static void add_values(int head_dim, const uint16_t* values, int num_valid,
-                         const float (*weights)[kBlockTokens], float* states, int64_t stride) {
-    for (int d = 0; d < head_dim; d += 16) {
-      F acc[R];
-      for (int r = 0; r < R; ++r) acc[r] = S::load(output(states + r * stride) + d);
-      for (int t = 0; t < num_valid; ++t) {
-        const uint16_t* pair = values + (int64_t(t / 2) * head_dim + d) * 2;
-        const F v = t % 2 == 0 ? S::load_bf16_even(pair) : S::load_bf16_odd(pair);
-        for (int r = 0; r < R; ++r) acc[r] = S::fma(S::splat(weights[r][t]), v, acc[r]);
+  // output = output * rescale + weights * values, for 16 * kVectors channels.
+  template <int R, int kVectors>
+  static void add_values(int head_dim, int d, const Chunk& chunk, const uint16_t* weights, const float* rescale,
+                         float* states, int64_t stride) {
+    F acc[R][kVectors];
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < kVectors; ++v)
+        acc[r][v] = S::mul(S::load(output(states + r * stride) + d + 16 * v), S::splat(rescale[r]));
+    for (int b = chunk.first_block; b < chunk.num_blocks(); ++b) {
+      const uint16_t* values = chunk.keys[b] + int64_t(kBlockTokens) * head_dim + d * 2;
+      const uint16_t* next = chunk.next_keys[b] + int64_t(kBlockTokens) * head_dim + d * 2;
+      const int rest = chunk.num_valid - b * kBlockTokens;
+      const int num_valid = rest < kBlockTokens ? rest : kBlockTokens;
+      const uint16_t* w = weights + b * kBlockTokens;
+      for (int t = 0; t < num_valid; t += 2, values += head_dim * 2, next += head_dim * 2, w += 2) {
+        typename S::B pairs[kVectors];
+        for (int v = 0; v < kVectors; ++v) {
+          pairs[v] = S::load_bytes((const uint8_t*)(values + 32 * v));
+          __builtin_prefetch(next + 32 * v, 0, 2);
+        }
+        for (int r = 0; r < R; ++r) {
+          const typename S::X pair = S::splat_four((const int8_t*)(w + r * kChunkTokens));
+          for (int v = 0; v < kVectors; ++v) acc[r][v] = S::dot_bf16(acc[r][v], pairs[v], pair);
+        }
       }
-      for (int r = 0; r < R; ++r) S::store(output(states + r * stride) + d, acc[r]);
     }
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < kVectors; ++v) S::store(output(states + r * stride) + d + 16 * v, acc[r][v]);
   }
 };
 

@@ -1,8 +1,11 @@
 // out[token, row] = sum over columns of weight[row, column] * x[token, column], for 16-row tiles.
 //
-// Every output is accumulated over groups of 32 columns in ascending order, one fused multiply-add
-// a group, whatever the number of tokens: a token's result does not depend on its batch.
-// Integer parts are exact, so their order is free.
+// Every output is accumulated over the scales of its row in ascending order of columns, one fused
+// multiply-add each (and one for a minimum), whatever the number of tokens: a token's result does
+// not depend on its batch. Integer parts are exact, so their order is free.
+//
+// Up to one pack of tokens takes its weights from the tile as it unpacks them; more tokens take
+// them from a panel, in which a piece of a few tiles has been unpacked once for all tokens.
 #pragma once
 
 #include <utility>
@@ -17,82 +20,189 @@ template <class Fn, int... i> inline __attribute__((always_inline)) void unrolle
   (fn(std::integral_constant<int, i>{}), ...);
 }
 
-template <class S, class T, int M> struct QuantizedTile {
-  using F = typename S::F;
-  using I = typename S::I;
+// Groups of 32 columns in a panel: two tiles of it and the activations of a pack fit the L1 cache.
+constexpr int kPanelGroups = 16;
 
-  static void run(const uint8_t* tile, int64_t num_groups, const QuantizedRows& x, int64_t m0,
-                  float* out, int64_t out_stride) {
-    F acc[M];
-    for (int m = 0; m < M; ++m) acc[m] = S::zero();
-    for (int64_t g0 = 0; g0 < num_groups; g0 += T::kGroups, tile += T::kBlockBytes) {
+// Bytes ahead of a weight that is used, from which its tile is fetched. The hardware prefetcher
+// stops at the ends of 4 KiB pages.
+constexpr int kPrefetchBytes = 4096;
+
+// One tile's part of a panel: values as bytes, scales and minimums in float. It reads like an
+// opened block of a weight format (quant/tiles.hpp).
+template <class S, int sub, int zero, bool has_min> struct Panel {
+  static constexpr int kSub = sub, kZero = zero, kParts = kGroupColumns / sub;
+  static constexpr bool kHasMin = has_min;
+  alignas(64) uint8_t bytes[kPanelGroups * tiles::kBytes];
+  alignas(64) float scales[kPanelGroups * kParts * kTileRows];
+  alignas(64) float minimums[has_min ? kPanelGroups * kParts * kTileRows : 1];
+
+  template <int step> typename S::B values(int g) const {
+    return S::load_bytes(bytes + g * tiles::kBytes + step * 64);
+  }
+  typename S::F scale(int g, int part) const { return S::load(scales + (g * kParts + part) * kTileRows); }
+  typename S::F minimum(int g, int part) const { return S::load(minimums + (g * kParts + part) * kTileRows); }
+
+  template <class T> void unpack(const uint8_t* tile, int num_groups) {
+    for (int first = 0; first < num_groups; first += T::kGroups, tile += T::kBlockBytes) {
       const T block(tile);
       for (int g = 0; g < T::kGroups; ++g) {
-        if constexpr (T::kSub == 32)
-          add_group32(block, tile, g, g0 + g, x, m0, acc);
-        else
-          add_group16(block, tile, g, g0 + g, x, m0, acc);
-      }
-    }
-    for (int m = 0; m < M; ++m) S::store(out + (m0 + m) * out_stride, acc[m]);
-  }
-
- private:
-  template <int first, int count>
-  static inline __attribute__((always_inline)) void add_steps(const uint8_t* tile, int g, int64_t column,
-                                                              const QuantizedRows& x, int64_t m0, I* dot) {
-    unrolled([&](auto i) {
-      constexpr int step = first + decltype(i)::value;
-      const typename S::B w = T::template values<step>(tile, g);
-      for (int m = 0; m < M; ++m)
-        dot[m] = S::template dot<T::kZero>(dot[m], w, x.values(m0 + m) + column + 4 * step);
-    }, std::make_integer_sequence<int, count>{});
-  }
-
-  static inline __attribute__((always_inline)) void add_group32(
-      const T& block, const uint8_t* tile, int g, int64_t group, const QuantizedRows& x, int64_t m0, F* acc) {
-    I dot[M];
-    for (int m = 0; m < M; ++m) {
-      const int32_t* sums = x.sums(m0 + m) + 2 * group;
-      dot[m] = S::template dot_start<T::kZero>(sums[0] + sums[1]);
-    }
-    add_steps<0, 8>(tile, g, group * 32, x, m0, dot);
-    const F scale = block.scale(g);
-    for (int m = 0; m < M; ++m) {
-      const float xs = x.scales(m0 + m)[group];
-      acc[m] = S::fma(S::from_int(dot[m]), S::mul(scale, S::splat(xs)), acc[m]);
-      if constexpr (T::kHasMin) {
-        const int32_t* sums = x.sums(m0 + m) + 2 * group;
-        acc[m] = S::fma(block.minimum(g), S::splat(xs * float(sums[0] + sums[1])), acc[m]);
-      }
-    }
-  }
-
-  static inline __attribute__((always_inline)) void add_group16(
-      const T& block, const uint8_t* tile, int g, int64_t group, const QuantizedRows& x, int64_t m0, F* acc) {
-    I low[M], high[M];
-    for (int m = 0; m < M; ++m) {
-      const int32_t* sums = x.sums(m0 + m) + 2 * group;
-      low[m] = S::template dot_start<T::kZero>(sums[0]);
-      high[m] = S::template dot_start<T::kZero>(sums[1]);
-    }
-    add_steps<0, 4>(tile, g, group * 32, x, m0, low);
-    add_steps<4, 4>(tile, g, group * 32, x, m0, high);
-    const I scale_low = block.sub_scale(2 * g), scale_high = block.sub_scale(2 * g + 1);
-    const F scale = block.scale(g);
-    for (int m = 0; m < M; ++m) {
-      const float xs = x.scales(m0 + m)[group];
-      const I dot = S::add_int(S::mul_int(low[m], scale_low), S::mul_int(high[m], scale_high));
-      acc[m] = S::fma(S::from_int(dot), S::mul(scale, S::splat(xs)), acc[m]);
-      if constexpr (T::kHasMin) {
-        const int32_t* sums = x.sums(m0 + m) + 2 * group;
-        const I minimums = S::add_int(S::mul_int(block.sub_minimum(2 * g), S::splat_int(sums[0])),
-                                      S::mul_int(block.sub_minimum(2 * g + 1), S::splat_int(sums[1])));
-        acc[m] = S::fma(block.minimum(g), S::mul(S::from_int(minimums), S::splat(xs)), acc[m]);
+        unrolled([&](auto step) {
+          S::store_bytes(bytes + (first + g) * tiles::kBytes + step * 64, block.template values<step>(g));
+        }, std::make_integer_sequence<int, 8>{});
+        for (int part = 0; part < kParts; ++part) {
+          const int at = ((first + g) * kParts + part) * kTileRows;
+          S::store(scales + at, block.scale(g, part));
+          if constexpr (has_min) S::store(minimums + at, block.minimum(g, part));
+        }
       }
     }
   }
 };
+
+// acc[tile][token] += group g of each tile times the same group of kTokens tokens. `x` is the
+// group in a pack of pack_tokens, `first` the first of the tokens in it.
+template <class S, class W, int kTiles, int kTokens>
+inline __attribute__((always_inline)) void add_group(const W* const (&w)[kTiles], int g, const uint8_t* x,
+                                                     int pack_tokens, int first,
+                                                     typename S::F (&acc)[kTiles][kTokens]) {
+  const int8_t* values = (const int8_t*)x + first * kGroupColumns;
+  const QuantizedGroup* info = (const QuantizedGroup*)(x + pack_tokens * kGroupColumns) + first;
+  unrolled([&](auto part) {
+    constexpr int kSteps = W::kSub / 4, kParts = kGroupColumns / W::kSub;
+    typename S::I dot[kTiles][kTokens];
+    for (int m = 0; m < kTokens; ++m) {
+      const auto start = S::template dot_start<W::kZero>(
+          kParts == 1 ? S::add_int(S::splat_int(info[m].sums[0]), S::splat_int(info[m].sums[1]))
+                      : S::splat_int(info[m].sums[part]));
+      for (int t = 0; t < kTiles; ++t) dot[t][m] = start;
+    }
+    unrolled([&](auto i) {
+      constexpr int step = decltype(part)::value * kSteps + decltype(i)::value;
+      typename S::B weights[kTiles];
+      for (int t = 0; t < kTiles; ++t) weights[t] = w[t]->template values<step>(g);
+      for (int m = 0; m < kTokens; ++m) {
+        const typename S::X four = S::splat_four(values + m * kGroupColumns + 4 * step);
+        for (int t = 0; t < kTiles; ++t) dot[t][m] = S::template dot<W::kZero>(dot[t][m], weights[t], four);
+      }
+    }, std::make_integer_sequence<int, kSteps>{});
+    for (int t = 0; t < kTiles; ++t) {
+      const typename S::F scale = w[t]->scale(g, part);
+      for (int m = 0; m < kTokens; ++m)
+        acc[t][m] = S::fma(S::from_int(dot[t][m]), S::mul(scale, S::splat(info[m].scale)), acc[t][m]);
+      if constexpr (W::kHasMin) {
+        const typename S::F minimum = w[t]->minimum(g, part);
+        for (int m = 0; m < kTokens; ++m) {
+          const float sum = kParts == 1 ? info[m].scaled_sum : info[m].scale * float(info[m].sums[part]);
+          acc[t][m] = S::fma(minimum, S::splat(sum), acc[t][m]);
+        }
+      }
+    }
+  }, std::make_integer_sequence<int, kGroupColumns / W::kSub>{});
+}
+
+// One tile times the tokens of one pack.
+template <class S, class T, int kTokens>
+void tile_times_pack(const uint8_t* tile, int64_t num_groups, const uint8_t* x, int pack_tokens, int first,
+                     float* out, int64_t out_stride) {
+  typename S::F acc[1][kTokens];
+  for (int m = 0; m < kTokens; ++m) acc[0][m] = S::zero();
+  for (int64_t g0 = 0; g0 < num_groups; g0 += T::kGroups, tile += T::kBlockBytes) {
+    const T block(tile);
+    const T* const blocks[1] = {&block};
+    for (int g = 0; g < T::kGroups; ++g, x += pack_tokens * kGroupBytes) {
+      for (int i = 0; i < T::kBlockBytes / T::kGroups; i += 64)
+        __builtin_prefetch(tile + g * (T::kBlockBytes / T::kGroups) + i + kPrefetchBytes);
+      add_group<S, T, 1, kTokens>(blocks, g, x, pack_tokens, first, acc);
+    }
+  }
+  for (int m = 0; m < kTokens; ++m) S::store(out + (first + m) * out_stride, acc[0][m]);
+}
+
+// Packed weights that are needed next, fetched in even shares while others are multiplied.
+struct Ahead {
+  const uint8_t* next;
+  int64_t stride;      // between tiles
+  int64_t share_bytes;
+  int64_t begin = 0;
+
+  template <int kTiles> inline __attribute__((always_inline)) void fetch_share() {
+    const int64_t end = begin + share_bytes;
+    for (int64_t i = (begin + 63) / 64 * 64; i < end; i += 64)
+      for (int t = 0; t < kTiles; ++t) __builtin_prefetch(next + t * stride + i);
+    begin = end;
+  }
+};
+
+// Adds num_groups groups of the panels to out.
+template <class S, class P, int kTiles, int kTokens>
+void panels_times_pack(const P* panels, int num_groups, const uint8_t* x, int pack_tokens, int first, bool begin,
+                       Ahead& ahead, float* out, int64_t out_stride) {
+  const P* w[kTiles];
+  typename S::F acc[kTiles][kTokens];
+  for (int t = 0; t < kTiles; ++t) {
+    w[t] = panels + t;
+    for (int m = 0; m < kTokens; ++m)
+      acc[t][m] = begin ? S::zero() : S::load(out + (first + m) * out_stride + t * kTileRows);
+  }
+  for (int g = 0; g < num_groups; ++g, x += pack_tokens * kGroupBytes) {
+    ahead.fetch_share<kTiles>();
+    add_group<S, P, kTiles, kTokens>(w, g, x, pack_tokens, first, acc);
+  }
+  for (int t = 0; t < kTiles; ++t)
+    for (int m = 0; m < kTokens; ++m) S::store(out + (first + m) * out_stride + t * kTileRows, acc[t][m]);
+}
+
+// Calls fn(first token, number as a constant) over a pack, at most kMost tokens at a time.
+template <int kMost, class Fn> inline __attribute__((always_inline)) void split_pack(int pack_tokens, Fn fn) {
+  int first = 0;
+  for (; pack_tokens - first >= kMost; first += kMost) fn(first, std::integral_constant<int, kMost>{});
+  unrolled([&](auto i) {
+    if (pack_tokens - first == i + 1) fn(first, std::integral_constant<int, i + 1>{});
+  }, std::make_integer_sequence<int, kMost - 1>{});
+}
+
+template <class S, class T, int kTiles>
+void panel_matmul(const uint8_t* tiles, int64_t stride, const QuantizedRows& x, float* out, int64_t out_stride) {
+  using P = Panel<S, T::kSub, T::kZero, T::kHasMin>;
+  P panels[kTiles];
+  for (int64_t g0 = 0; g0 < x.num_groups; g0 += kPanelGroups) {
+    const int groups = x.num_groups - g0 < kPanelGroups ? int(x.num_groups - g0) : kPanelGroups;
+    const uint8_t* piece = tiles + g0 / T::kGroups * T::kBlockBytes;
+    const int64_t piece_bytes = groups / T::kGroups * T::kBlockBytes;
+    for (int t = 0; t < kTiles; ++t) panels[t].template unpack<T>(piece + t * stride, groups);
+    // Behind the last piece of these tiles lies the first of the next.
+    const bool last = g0 + groups == x.num_groups;
+    Ahead ahead{last ? tiles + kTiles * stride : piece + piece_bytes, stride,
+                piece_bytes / (groups * x.num_packs()) + 1};
+    for (int64_t p = 0; p < x.num_packs(); ++p) {
+      const int n = x.pack_tokens(p);
+      const uint8_t* pack = x.pack(p) + g0 * n * kGroupBytes;
+      float* rows = out + p * x.pack_size * out_stride;
+      split_pack<S::kPanelTokens>(n, [&](int first, auto count) {
+        panels_times_pack<S, P, kTiles, count>(panels, groups, pack, n, first, g0 == 0, ahead, rows,
+                                             out_stride);
+      });
+    }
+  }
+}
+
+// Tiles first_tile to last_tile - 1; out[0] is row 0 of the first of them.
+template <class S, class T>
+void quantized_matmul(const uint8_t* tiles, int64_t stride, int64_t first_tile, int64_t last_tile,
+                      const QuantizedRows& x, float* out, int64_t out_stride) {
+  int64_t t = first_tile;
+  if (x.num_packs() == 1) {
+    const int n = x.pack_tokens(0);
+    for (; t < last_tile; ++t, out += kTileRows)
+      split_pack<S::kTileTokens>(n, [&](int first, auto count) {
+        tile_times_pack<S, T, count>(tiles + t * stride, x.num_groups, x.pack(0), n, first, out, out_stride);
+      });
+    return;
+  }
+  for (; t + S::kPanelTiles <= last_tile; t += S::kPanelTiles, out += S::kPanelTiles * kTileRows)
+    panel_matmul<S, T, S::kPanelTiles>(tiles + t * stride, stride, x, out, out_stride);
+  for (; t < last_tile; ++t, out += kTileRows) panel_matmul<S, T, 1>(tiles + t * stride, stride, x, out, out_stride);
+}
 
 // Columns of a float tile: load<k>(tile) is column 2 * pair + k of 16 rows.
 template <class S> struct F32Columns {
@@ -110,31 +220,28 @@ template <class S> struct BF16Columns {
   }
 };
 
-template <class S, class T, int M> struct FloatTile {
-  static void run(const uint8_t* tile, int64_t num_groups, const FloatRows& x, int64_t m0, float* out,
-                  int64_t out_stride) {
-    typename S::F acc[M];
-    for (int m = 0; m < M; ++m) acc[m] = S::zero();
-    for (int64_t k = 0; k < num_groups * kGroupColumns; k += 2, tile += T::kPairBytes)
-      for (int i = 0; i < 2; ++i) {
-        const typename S::F w = T::load(tile, i);
-        for (int m = 0; m < M; ++m) acc[m] = S::fma(w, S::splat(x.values(m0 + m)[k + i]), acc[m]);
-      }
-    for (int m = 0; m < M; ++m) S::store(out + (m0 + m) * out_stride, acc[m]);
-  }
-};
+template <class S, class T, int M>
+void float_tile(const uint8_t* tile, const FloatRows& x, int64_t m0, float* out, int64_t out_stride) {
+  typename S::F acc[M];
+  for (int m = 0; m < M; ++m) acc[m] = S::zero();
+  for (int64_t k = 0; k < x.columns; k += 2, tile += T::kPairBytes)
+    for (int i = 0; i < 2; ++i) {
+      const typename S::F w = T::load(tile, i);
+      for (int m = 0; m < M; ++m) acc[m] = S::fma(w, S::splat(x.row(m0 + m)[k + i]), acc[m]);
+    }
+  for (int m = 0; m < M; ++m) S::store(out + (m0 + m) * out_stride, acc[m]);
+}
 
-template <template <class, class, int> class Tile, class S, class T, class Rows>
-void matmul(const uint8_t* tiles, int64_t stride, int64_t num_groups, int64_t first_tile, int64_t last_tile,
-            const Rows& x, int64_t num_tokens, float* out, int64_t out_stride) {
-  for (int64_t t = first_tile; t < last_tile; ++t) {
+template <class S, class T>
+void float_matmul(const uint8_t* tiles, int64_t stride, int64_t first_tile, int64_t last_tile, const FloatRows& x,
+                  float* out, int64_t out_stride) {
+  for (int64_t t = first_tile; t < last_tile; ++t, out += kTileRows) {
     const uint8_t* tile = tiles + t * stride;
-    float* column = out + t * kTileRows;
     int64_t m = 0;
-    for (; m + 8 <= num_tokens; m += 8) Tile<S, T, 8>::run(tile, num_groups, x, m, column, out_stride);
-    if (num_tokens - m >= 4) Tile<S, T, 4>::run(tile, num_groups, x, m, column, out_stride), m += 4;
-    if (num_tokens - m >= 2) Tile<S, T, 2>::run(tile, num_groups, x, m, column, out_stride), m += 2;
-    if (num_tokens - m >= 1) Tile<S, T, 1>::run(tile, num_groups, x, m, column, out_stride);
+    for (; m + 8 <= x.num_tokens; m += 8) float_tile<S, T, 8>(tile, x, m, out, out_stride);
+    if (x.num_tokens - m >= 4) float_tile<S, T, 4>(tile, x, m, out, out_stride), m += 4;
+    if (x.num_tokens - m >= 2) float_tile<S, T, 2>(tile, x, m, out, out_stride), m += 2;
+    if (x.num_tokens - m >= 1) float_tile<S, T, 1>(tile, x, m, out, out_stride);
   }
 }
 

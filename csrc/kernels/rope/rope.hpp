@@ -1,4 +1,5 @@
-// Rotary position embedding of one head, channel i paired with channel i + num_pairs.
+// Rotary position embedding of one head, channel i paired with channel i + num_pairs; and the
+// rounding to bf16 in which queries, keys and values go on.
 #pragma once
 
 #include "kernels/types.hpp"
@@ -19,6 +20,10 @@ template <class S> void rope(float* head, const float* cos, const float* sin, in
     head[i] = a * cos[i] - b * sin[i];
     head[i + num_pairs] = b * cos[i] + a * sin[i];
   }
+}
+
+template <class S> void to_bf16(const float* x, float factor, int64_t columns, uint16_t* out) {
+  for (int64_t c = 0; c < columns; c += 16) S::store_bf16(out + c, S::mul(S::load(x + c), S::splat(factor)));
 }
 
 }  // namespace tael

@@ -31,6 +31,8 @@ class ReferenceBackend:
     different numbers of tokens, so equal positions of two batches agree to about 1e-5.
     """
 
+    attend = staticmethod(attention)
+
     def __init__(self, spec: ModelSpec, checkpoint: Checkpoint) -> None:
         self.spec = spec
         self.parameters = {
@@ -88,7 +90,7 @@ class ReferenceBackend:
             start = 0 if mixer.window is None else max(0, positions[0] - mixer.window + 1)
             seen = np.arange(start, positions[-1] + 1, dtype=np.int32)
             keys, values = self.kv_cache.read(layer, table, seen)
-            mixed[tokens] = attention(
+            mixed[tokens] = self.attend(
                 q[tokens], keys, values, positions, seen, mixer.scale, mixer.window
             )
         return linear(mixed, p["o_proj.weight"], p.get("o_proj.bias"))
