@@ -3,6 +3,7 @@ code 2, and nothing half-written."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -125,6 +126,23 @@ def test_disk_that_fills_up_while_repacking(
 
     monkeypatch.setattr(tile_file, "repack", failing)
     assert "No space left on device" in run(smollm2)
+    assert nothing_left(cache)
+
+
+def test_disk_that_fails_while_repacking(
+    smollm2: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system reports such an error to one call only, and that is not the last."""
+    fsync = os.fsync
+    calls = iter(range(1000))
+
+    def failing(fd: int) -> None:
+        if next(calls) == 0:
+            raise OSError(5, "Input/output error")
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    assert "Input/output error" in run(smollm2)
     assert nothing_left(cache)
 
 
