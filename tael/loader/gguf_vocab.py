@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,12 @@ from tokenizers.models import BPE
 from tael.errors import TaelError
 from tael.loader.pre_tokenizers import PRE_TOKENIZERS
 
-# SentencePiece trains pieces of at most 16 characters; Gemma has some of 32. The number of ways
-# to cut a token in two grows with its length, so a hostile file must not choose it.
+# SentencePiece trains pieces of at most 16 characters; Gemma has some of 32. The time to find out
+# how a token is made grows with the square of its length, so a hostile file must not choose it.
 MAX_SENTENCEPIECE_TOKEN_LENGTH = 256
+
+_NEVER = 1 << 32
+"""The rank of a union that is no token."""
 
 
 class TokenType(IntEnum):
@@ -154,7 +158,7 @@ def _sentencepiece_bpe(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> 
 def _merges_from_scores(
     vocabulary: _Vocabulary, scores: NDArray[np.float64]
 ) -> list[tuple[str, str]]:
-    """Every way to make a normal token from two others, the best token first.
+    """The two tokens that each normal token is made from, the best token first.
 
     SentencePiece merges the neighbours whose union has the highest score. User-defined tokens
     are never merged, control and byte tokens never made.
@@ -163,15 +167,32 @@ def _merges_from_scores(
     normal = set(vocabulary.of_type(TokenType.NORMAL))
     if max(map(len, normal), default=0) > MAX_SENTENCEPIECE_TOKEN_LENGTH:
         raise _damaged(f"a token is longer than {MAX_SENTENCEPIECE_TOKEN_LENGTH} characters")
-    merges = []
-    for i in np.argsort(-scores, kind="stable").tolist():
-        token = tokens[i]
-        if token in normal:
-            for cut in range(1, len(token)):
-                left, right = token[:cut], token[cut:]
-                if left in normal and right in normal:
-                    merges.append((left, right))
-    return merges
+    best_first = [tokens[i] for i in np.argsort(-scores, kind="stable").tolist()]
+    ranks = {token: rank for rank, token in enumerate(best_first) if token in normal}
+    merges = (_last_merge(token, ranks) for token in ranks if len(token) > 1)
+    return [merge for merge in merges if merge is not None]
+
+
+def _last_merge(token: str, ranks: dict[str, int]) -> tuple[str, str] | None:
+    """The step that completes ``token`` when its characters are merged, or None if none does.
+
+    No text needs another way to make it: the merges before that step lie between the first and
+    the last character of the token, so that the text around it had no part in their choice.
+    """
+    parts = list(token)
+    if not all(part in ranks for part in parts):
+        return None
+    unions = [ranks.get(left + right, _NEVER) for left, right in pairwise(parts)]
+    while len(parts) > 2:
+        best = min(unions)
+        if best == _NEVER:
+            return None
+        i = unions.index(best)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        del unions[i]
+        for j in range(max(i - 1, 0), min(i + 1, len(unions))):
+            unions[j] = ranks.get(parts[j] + parts[j + 1], _NEVER)
+    return parts[0], parts[1]
 
 
 def _add_tokens(tokenizer: Tokenizer, vocabulary: _Vocabulary, normalized: bool) -> None:

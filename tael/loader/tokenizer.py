@@ -100,7 +100,8 @@ class Tokenizer:
         """Write ``tokenizer.json`` and ``tokenizer_meta.json``, for ``load``."""
         directory.mkdir(parents=True, exist_ok=True)
         # Not its save(): that raises a bare Exception when the disk is full.
-        (directory / "tokenizer.json").write_text(self._backend.to_str(), encoding="utf-8")
+        text = _quick_to_read(self._backend.to_str())
+        (directory / "tokenizer.json").write_text(text, encoding="utf-8")
         (directory / "tokenizer_meta.json").write_text(self._config.to_json(), encoding="utf-8")
 
     @classmethod
@@ -397,6 +398,20 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
         raise
     except BaseException as error:  # plain Exception, or a Rust panic, which is not even that
         raise TaelError(f"cannot read {path}: {error}; download the file again.") from error
+
+
+def _quick_to_read(tokenizer_json: str) -> str:
+    """The same with its merges in their older form, "left right" for ["left", "right"]: the
+    tokenizers package reads that a fifth faster. Tokens with a space in them cannot be so written,
+    nor can a line that looks like the first of a merges file."""
+    state = json.loads(tokenizer_json)
+    if state["model"]["type"] != "BPE":
+        return tokenizer_json
+    merges = [" ".join(merge) for merge in state["model"]["merges"]]
+    if any(merge.count(" ") != 1 or merge.startswith("#version") for merge in merges):
+        return tokenizer_json
+    state["model"]["merges"] = merges
+    return json.dumps(state, ensure_ascii=False)
 
 
 def _own_space_prefix(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,52 @@ def test_save_and_load(byte_level: Tokenizer, sentencepiece: Tokenizer, tmp_path
         assert loaded.eos_token_ids == tokenizer.eos_token_ids
         assert loaded.has_chat_template == tokenizer.has_chat_template
         assert loaded.vocab_size == tokenizer.vocab_size
+
+
+def best_union_first(text: str, ranks: dict[str, int]) -> list[str]:
+    """SentencePiece's BPE, word for word."""
+    parts = list(text)
+    while True:
+        unions = [ranks.get(left + right, len(ranks)) for left, right in pairwise(parts)]
+        if min(unions, default=len(ranks)) == len(ranks):
+            return parts
+        i = unions.index(min(unions))
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+
+
+def test_sentencepiece_merges_of_any_scores() -> None:
+    """Tokens better than those they are made from, and tokens that cannot be made, included."""
+    rng = random.Random(3)
+    for _ in range(100):
+        tokens = {"".join(rng.choices("abc", k=rng.randrange(2, 7))) for _ in range(30)}
+        metadata = sentencepiece_metadata(add_space_prefix=False)
+        metadata["tokenizer.ggml.tokens"] = ["<unk>", "<s>", "</s>", *"abc", *sorted(tokens)]
+        count = len(metadata["tokenizer.ggml.tokens"])
+        metadata["tokenizer.ggml.token_type"] = np.array([2, 3, 3] + [1] * (count - 3))
+        metadata["tokenizer.ggml.scores"] = np.array(rng.sample(range(count), count), np.float32)
+        by_score = np.argsort(-metadata["tokenizer.ggml.scores"])
+        best_first = [metadata["tokenizer.ggml.tokens"][i] for i in by_score]
+        ranks = {token: rank for rank, token in enumerate(best_first)}
+        tokenizer = Tokenizer.from_gguf(metadata)
+        for _ in range(10):
+            text = "".join(rng.choices("abc", k=40))
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            assert names(tokenizer, ids) == best_union_first(text, ranks)
+
+
+@pytest.mark.parametrize("odd", ["a b", "#version"])
+def test_save_and_load_merges_that_the_older_form_cannot_hold(odd: str, tmp_path: Path) -> None:
+    metadata = sentencepiece_metadata()
+    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    made = [odd[:i] for i in range(2, len(odd) + 1)] + [odd + "a"]
+    new = [*{*odd} - {*tokens}, *made]
+    metadata["tokenizer.ggml.tokens"] = [*tokens, *new]
+    metadata["tokenizer.ggml.token_type"] = np.append(types, [TokenType.NORMAL] * len(new))
+    metadata["tokenizer.ggml.scores"] = -np.arange(len(tokens) + len(new), dtype=np.float32)
+    tokenizer = Tokenizer.from_gguf(metadata)
+    tokenizer.save(tmp_path)
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded._backend.to_str() == tokenizer._backend.to_str()
 
 
 # --- Chat -------------------------------------------------------------------------------------
