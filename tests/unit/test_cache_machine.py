@@ -205,7 +205,9 @@ class CacheMachine(RuleBasedStateMachine):
         for entry in live:
             self._check_visible(entry.request, entry.num_scheduled_tokens)
         sampled = {
-            entry.request.request_id: self._model(entry.request) for entry in live if entry.samples
+            entry.request.request_id: [self._model(entry.request)]
+            for entry in live
+            if entry.samples
         }
         self.scheduler.update(schedule, sampled)
         for request in (entry.request for entry in live):
