@@ -497,6 +497,7 @@ def test_speed_counts_what_was_computed(folder: Path) -> None:
     alone = measure(engine, 100, 7)
     assert (alone.num_prompt_tokens, alone.num_decoded_tokens) == (100, 7)
     assert alone.prefill_tokens_per_s == pytest.approx(100 / alone.prefill_s)
+    assert measure(engine, 10, 200).num_decoded_tokens == 200  # in loops, and yet one by one
     # Prompts of 40 tokens in steps of 64: two start early and decode while the others wait.
     together = measure(engine, 40, 7, batch_size=4)
     assert 7 <= together.num_decoded_tokens < 4 * 7
