@@ -29,8 +29,8 @@ SPARE_FRACTION = 0.75
 """Of the machine's available memory, what an engine takes unless told. Pages of files that
 other programs read count as available; a quarter leaves them some, and room to start more."""
 
-OVERHEAD_BYTES = 8 << 20
-"""For what running takes in Python: requests and batches."""
+OVERHEAD_BYTES = 12 << 20
+"""For what running takes in Python: requests, batches and what drafts are looked up in."""
 
 SAMPLING_BYTES = 96
 """Per token of the vocabulary, for the temporaries of sampling. Measured: 84, with top_p at a

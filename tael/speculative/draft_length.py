@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 TOKEN_COST = 0.25
 """Time that one more token adds to a step, in steps of a single token. Steps of 1 to 16 tokens lie
-on this line to within 15% for models of 0.5B and 1.5B (benchmarks/results/speculation.json)."""
+near this line for every model of the catalogue; benchmarks/speculation.py measures them."""
 
 
 def draft_lengths(
