@@ -244,11 +244,11 @@ class CacheMachine(RuleBasedStateMachine):
         assert all(entry.samples for entry in schedule.scheduled[:-1]), "a decode was starved"
         num_logits = sum(entry.num_logits for entry in schedule.scheduled)
         assert num_logits <= full_config.max_num_logits
-        assert all(
-            entry.samples and entry.request.speculation
-            for entry in schedule.scheduled
-            if entry.draft_token_ids
-        )
+        for entry in schedule.scheduled:
+            if num_drafts := len(entry.draft_token_ids):
+                assert entry.samples and entry.request.speculation
+                limit = self.scheduler.length_limit(entry.request)
+                assert entry.request.num_tokens + num_drafts < limit, "no output can be there"
         for entry in schedule.scheduled:
             end = entry.request.num_computed_tokens + entry.num_scheduled_tokens
             for group, table in zip(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from types import SimpleNamespace
 from typing import Any
@@ -220,24 +220,21 @@ def test_one_request_may_go_without() -> None:
 def test_what_was_drafted_after_the_end_is_dropped(stop: str) -> None:
     (whole,), _ = run(make_engine(speculation=True), [LOOP])
     token_ids = whole.outputs[0].token_ids
-    # Past the loop's first round, with the rest of the draft behind it.
-    place = 100
-    if stop == "token":
-        before = token_ids[:place].index(token_ids[place])
-        params = SamplingParams(
-            temperature=0, max_tokens=120, ignore_eos=True, stop_token_ids=[token_ids[place]]
-        )
-        end = before + 1
-    else:
-        text = whole.text[place - 60 : place]
-        params = SamplingParams(temperature=0, max_tokens=120, ignore_eos=True, stop=[text])
-        end = whole.text.index(text) + len(text)
-    engine = make_engine(speculation=True)
-    (cut,), _ = run(engine, [Task(LOOP.prompt, params)])
-    assert cut.outputs[0].token_ids == token_ids[:end]
-    assert cut.outputs[0].finish_reason is FinishReason.STOP
-    assert cut.usage.num_output_tokens == end
-    assert cut.usage.num_accepted_tokens <= cut.usage.num_draft_tokens
+    for place in range(10, 100):
+        if stop == "token":
+            end = token_ids.index(token_ids[place]) + 1
+            params = replace(LOOP.params, logprobs=0, stop_token_ids=[token_ids[place]])
+        else:
+            text = whole.text[:place]  # so long that it ends nowhere else
+            end = place
+            params = replace(LOOP.params, logprobs=0, stop=[text])
+        (cut,), _ = run(make_engine(speculation=True), [Task(LOOP.prompt, params)])
+        (completion,) = cut.outputs
+        assert completion.token_ids == token_ids[:end]
+        assert completion.finish_reason is FinishReason.STOP
+        assert [logprobs.token_id for logprobs in completion.logprobs] == list(token_ids[:end])
+        assert cut.usage.num_output_tokens == end
+        assert cut.usage.num_accepted_tokens <= cut.usage.num_draft_tokens
 
 
 def test_an_error_behind_right_drafts_comes_when_it_would_have() -> None:
