@@ -37,12 +37,14 @@ def measure(
     engine: Engine, num_prompt_tokens: int, num_decode_tokens: int, batch_size: int = 1
 ) -> Speed:
     """Run one measurement on an idle engine: ``num_decode_tokens`` per sequence after its first.
-    Nothing comes from the prefix cache. Raises TaelError if a prompt does not fit the context."""
+    Nothing comes from the prefix cache or from drafts. Raises TaelError if a prompt does not fit
+    the context."""
     rng = np.random.default_rng()
     params = SamplingParams(temperature=0, max_tokens=num_decode_tokens + 1, ignore_eos=True)
     for i in range(batch_size):
         prompt = rng.integers(0, engine.spec.vocab_size, num_prompt_tokens).tolist()
-        engine.add_request(f"speed {i}", prompt, params, cache_salt=rng.bytes(16).hex())
+        salt = rng.bytes(16).hex()
+        engine.add_request(f"speed {i}", prompt, params, cache_salt=salt, speculation=False)
     start = time.perf_counter()
     started: set[str] = set()
     while len(started) < batch_size:
