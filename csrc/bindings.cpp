@@ -9,6 +9,7 @@
 #include <stdexcept>
 
 #include "kernels/dispatch.hpp"
+#include "limits/limits.hpp"
 #include "model/model.hpp"
 #include "quant/dequantize.hpp"
 
@@ -182,6 +183,10 @@ NB_MODULE(_native, m) {
     return out;
   }, "matrix"_a, "row"_a);
   m.def("matmul", &matmul_rows, "matrix"_a, "x"_a, "isa"_a, "num_threads"_a);
+  m.def("read_bytes_per_s", &read_bytes_per_s, "num_threads"_a, "num_bytes"_a,
+        nb::call_guard<nb::gil_scoped_release>());
+  m.def("int8_ops_per_s", &int8_ops_per_s, "num_threads"_a, nb::call_guard<nb::gil_scoped_release>());
+  m.def("bf16_flops_per_s", &bf16_flops_per_s, "num_threads"_a, nb::call_guard<nb::gil_scoped_release>());
 
   nb::class_<MatrixHandle>(m, "Matrix")
       .def(nb::init<const std::string&, int64_t, int64_t, Bytes>(), "format"_a, "rows"_a, "columns"_a, "tiles"_a);

@@ -51,14 +51,17 @@ def command(
     context: int | None,
 ) -> None:
     """Measure prefill and decode, for every length of --prompt and size of --batch."""
-    from tael.evals.speed import measure
+    from tael.evals.speed import Workload, measure
     from tael.loader.catalogue import DEFAULT_MODEL
 
     llm = open_llm(model or DEFAULT_MODEL, memory, threads, context, quiet=as_json)
     rows = []
     for num_tokens in prompt:
         for batch_size in batch:
-            speeds = [measure(llm.engine, num_tokens, decode, batch_size) for _ in range(runs)]
+            speeds = [
+                measure(llm.engine, Workload(num_tokens, decode, batch_size=batch_size))
+                for _ in range(runs)
+            ]
             rows.append(
                 {
                     "prompt": num_tokens,
