@@ -24,6 +24,11 @@ def matmul(
 ) -> NDArray[np.float32]:
     """[num_tokens, columns] times the transposed matrix: [num_tokens, rows]"""
 
+def time_matmul(
+    matrices: Sequence[Matrix], x: NDArray[np.float32], isa: str, num_threads: int
+) -> float:
+    """Seconds that the products of x with matrices of one shape take, one after the other."""
+
 def read_bytes_per_s(num_threads: int, num_bytes: int) -> float: ...
 def int8_ops_per_s(num_threads: int) -> float | None: ...
 def bf16_flops_per_s(num_threads: int) -> float | None: ...
