@@ -189,6 +189,11 @@ FloatArray2D forward(nb::handle_t<ModelHandle> self, Ints token_ids, Ints positi
 NB_MODULE(_native, m) {
   using namespace tael;
   m.attr("BLOCK_TOKENS") = kBlockTokens;
+#if defined(__clang__)
+  m.attr("COMPILER") = __VERSION__;
+#else
+  m.attr("COMPILER") = "GCC " __VERSION__;
+#endif
   m.def("supported_isas", &supported_isas);
   m.def("num_tiles", &num_tiles, "rows"_a);
   m.def("tile_bytes", [](const std::string& format, int64_t columns) {

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 BLOCK_TOKENS: int
+COMPILER: str
 
 def supported_isas() -> list[str]:
     """Instruction sets that this build has and this CPU runs, best first."""
