@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 import numpy as np
 
 from tael.engine.engine import Engine
 from tael.errors import TaelError
+from tael.evals.limits import Limits
 from tael.loader.tile_file import TileFile
 from tael.models.spec import ModelSpec
 from tael.request import SamplingParams
@@ -103,6 +105,17 @@ def measure(engine: Engine, workload: Workload) -> Speed:
     )
 
 
+def median_speed(engine: Engine, workload: Workload, num_runs: int) -> Speed:
+    """Medians of several runs, each of its own quantity."""
+    speeds = [measure(engine, workload) for _ in range(num_runs)]
+    return Speed(
+        workload=workload,
+        prefill_s=median(speed.prefill_s for speed in speeds),
+        decode_s=median(speed.decode_s for speed in speeds),
+        num_decoded_tokens=speeds[0].num_decoded_tokens,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class TokenCost:
     """What the machine must do for one token of a sequence at some depth."""
@@ -113,6 +126,15 @@ class TokenCost:
     """Read for each sequence."""
     num_ops: int
     """Of the matrices; a multiply-add is two. Attention comes on top."""
+
+    def decode_limit(self, limits: Limits, batch_size: int) -> float:
+        """Tokens per second that a batch cannot exceed: its steps take at least as long as the
+        machine needs to read their bytes, or for the arithmetic of their matrices."""
+        step_bytes = self.weight_bytes + batch_size * self.kv_bytes
+        step_s = step_bytes / limits.read_bytes_per_s
+        if limits.int8_ops_per_s:
+            step_s = max(step_s, batch_size * self.num_ops / limits.int8_ops_per_s)
+        return batch_size / step_s
 
 
 def token_cost(spec: ModelSpec, weights: TileFile, depth: int) -> TokenCost:

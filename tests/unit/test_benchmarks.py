@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+import pytest
+
 from benchmarks import cases
 from benchmarks.compare import compare
 from tael.evals.limits import Limits
-from tael.evals.speed import Speed, Workload
+from tael.evals.speed import Speed, TokenCost, Workload
 
 DECODE = Workload(num_decode_tokens=10)
 LIMITS = Limits(2, read_bytes_per_s=30e9, int8_ops_per_s=None, bf16_flops_per_s=None)
@@ -54,3 +56,13 @@ def test_a_prompt_is_cut_to_the_context() -> None:
     assert cases.fitted(prompt, 32768) == prompt
     assert cases.fitted(prompt, 8192) == Workload(num_prompt_tokens=8191)
     assert cases.fitted(Workload(num_decode_tokens=64, depth=8192), 8192) is None
+
+
+def test_limit_of_decoding() -> None:
+    cost = TokenCost(weight_bytes=1000, kv_bytes=10, num_ops=4000)
+    memory_only = Limits(2, read_bytes_per_s=2000, int8_ops_per_s=None, bf16_flops_per_s=None)
+    assert cost.decode_limit(memory_only, batch_size=1) == 2000 / 1010
+    assert cost.decode_limit(memory_only, batch_size=4) == pytest.approx(4 * 2000 / 1040)
+    both = Limits(2, read_bytes_per_s=2000, int8_ops_per_s=8000, bf16_flops_per_s=None)
+    assert cost.decode_limit(both, batch_size=1) == 2000 / 1010
+    assert cost.decode_limit(both, batch_size=4) == 2  # 4 tokens in 2 s
