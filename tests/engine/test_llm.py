@@ -18,7 +18,7 @@ from tael.backends.base import ForwardBatch
 from tael.backends.reference import ReferenceBackend
 from tael.config import BLOCK_SIZE, EngineConfig, SchedulerConfig
 from tael.engine.engine import Engine, OutputDelta, overhead_bytes
-from tael.evals.speed import measure
+from tael.evals.speed import Workload, measure
 from tael.llm import MAX_TOKEN_CHARACTERS, RequestOutput, gathered
 from tael.loader.safetensors import SafetensorsCheckpoint
 from tael.loader.tokenizer import Tokenizer
@@ -313,15 +313,30 @@ def test_an_error_ends_one_request_only(folder: Path) -> None:
 
 def test_speed_counts_what_was_computed(folder: Path) -> None:
     engine = make_engine(folder)
-    alone = measure(engine, 100, 7)
-    assert (alone.num_prompt_tokens, alone.num_decoded_tokens) == (100, 7)
+    alone = measure(engine, Workload(num_prompt_tokens=100, num_decode_tokens=7))
+    assert alone.num_decoded_tokens == 7
     assert alone.prefill_tokens_per_s == pytest.approx(100 / alone.prefill_s)
-    assert measure(engine, 10, 200).num_decoded_tokens == 200  # in loops, and yet one by one
+    assert alone.tokens_per_s == pytest.approx(107 / (alone.prefill_s + alone.decode_s))
+    plain = measure(engine, Workload(num_prompt_tokens=10, num_decode_tokens=200))
+    assert plain.num_decoded_tokens == 200  # in loops, and yet one by one
     # Prompts of 40 tokens in steps of 64: two start early and decode while the others wait.
-    together = measure(engine, 40, 7, batch_size=4)
+    together = measure(engine, Workload(40, 7, batch_size=4))
     assert 7 <= together.num_decoded_tokens < 4 * 7
     assert engine.manager.num_prefix_hit_tokens == 0
     assert_idle(engine)
+
+
+def test_speed_at_a_depth_computes_it_once(folder: Path) -> None:
+    engine = make_engine(folder)
+    decode = Workload(num_decode_tokens=5, depth=96, batch_size=2)
+    for num_hits in (2 * 64, 2 * (64 + 64 + 64)):  # the last block of 32 is computed each time
+        speed = measure(engine, decode)
+        assert (speed.num_decoded_tokens, speed.prefill_s) == (10, 0)
+        assert engine.manager.num_prefix_hit_tokens == num_hits
+    with pytest.raises(TaelError, match="do not fit the context"):
+        measure(engine, Workload(num_decode_tokens=MAX_LEN, depth=32))
+    with pytest.raises(TaelError, match="does not run at once"):
+        measure(engine, Workload(8, 1, batch_size=1000))
 
 
 def test_threads_share_an_llm(llm: LLM) -> None:
