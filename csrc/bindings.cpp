@@ -93,15 +93,19 @@ double time_matmul(const std::vector<const MatrixHandle*>& matrices, Floats2D x,
   if (int64_t(x.shape(1)) != columns) throw std::invalid_argument("columns differ");
   for (const MatrixHandle* w : matrices)
     if (w->matrix.rows != shape.rows || w->matrix.columns != columns) throw std::invalid_argument("shapes differ");
-  const Activations input(tokens, columns);
-  for (int64_t t = 0; t < tokens; ++t) std::copy_n(x.data() + t * columns, columns, input.row(t));
+  const Rows rows(tokens, columns);
+  const QuantizedBuffer quantized(tokens, columns);
+  const LinearInput input = {rows.floats(tokens), quantized.rows(tokens, columns)};
+  for (int64_t t = 0; t < tokens; ++t) std::copy_n(x.data() + t * columns, columns, rows.row(t));
   const Buffer<float> out(tokens * stride);
   ThreadPool pool(num_threads);
   const auto run = [&] {
-    pool.run([&](int) {
+    pool.run([&](int thread) {
       for (const MatrixHandle* w : matrices) {
-        pool.parallel_for(tokens, 1, [&](int64_t first, int64_t) { input.quantize(kernels, first); });
-        linear(pool, kernels, input, tokens, {{&w->matrix, out.data(), stride}});
+        pool.parallel_for(thread, tokens, [&](int64_t t) {
+          kernels.quantize(rows.row(t), 0, input.quantized.num_groups, input.quantized, t);
+        });
+        linear(pool, thread, kernels, input, {{&w->matrix, out.data(), stride}});
       }
     });
   };

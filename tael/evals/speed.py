@@ -61,8 +61,8 @@ class Speed:
 
 def measure(engine: Engine, workload: Workload) -> Speed:
     """Run a workload on an idle engine. What lies before ``depth`` is computed first, unless the
-    prefix cache has it from an earlier run; nothing else comes from there, or from drafts. Raises TaelError if
-    the sequences do not fit the context, or not into one step.
+    prefix cache has it from an earlier run; nothing else comes from there, or from drafts. Raises
+    TaelError if the sequences do not fit the context, or not into one step.
 
     A prefix hit ends with a block and leaves at least one token to compute, so that up to a
     block of the depth is computed again. That is timed only if there is a prompt.
