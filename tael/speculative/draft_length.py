@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-TOKEN_COST = 0.25
+TOKEN_COST = 0.15
 """Time that one more token adds to a step, in steps of a single token. Steps of 1 to 16 tokens lie
 near this line for every model of the catalogue; benchmarks/speculation.py measures them."""
 

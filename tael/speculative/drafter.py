@@ -16,8 +16,9 @@ POOL_TOKENS = 8192
 MAX_POOLS = 8
 """Tenants with a pool; the one that finished a request least recently loses its own."""
 
-MEMORY = 0.9
-"""Weight of a request's past acceptance after each further draft: the last ten or so count."""
+MEMORY = 0.95
+"""Weight of a request's past acceptance after each further draft: the last twenty or so count, so
+that drafts from matches of three tokens can fall below their cost."""
 
 
 class Drafter:
