@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -129,15 +131,20 @@ def measure_model(
     label = name.replace(":", "-") if name in entries() else Path(name).stem
     weights = load_prepared(path).weights
     limits = machine.QuietMachine(num_threads)
-    with LLM(str(path), num_threads=num_threads) as llm:
+    with ExitStack() as stack:
+        llm = stack.enter_context(LLM(str(path), num_threads=num_threads))
+        engines: dict[str, peers.Engine] = {}
+        for peer in modules:
+            engines[peer.NAME] = peer.engine(path, num_threads)
+            stack.callback(engines[peer.NAME].close)
         spec = llm.engine.spec
         for case, wanted in cases.items():
             workload = fitted(wanted, spec.max_position_embeddings)
             if workload is None:
                 continue
             candidates: dict[str, list[peers.Runner]] = {"tael": [TaelRunner(llm, workload)]}
-            for peer in modules:
-                candidates[peer.NAME] = peer.runners(path, workload, num_threads)
+            for peer_name, engine in engines.items():
+                candidates[peer_name] = engine.runners(workload)
             # In the middle of the decoding.
             last = workload.depth + workload.num_prompt_tokens + workload.num_decode_tokens // 2
             cost = token_cost(spec, weights, last)
@@ -187,6 +194,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # not without the peers
     modules = [peers.peer(name) for name in args.peers.split(",")]
     for model in args.models.split(","):
         measure_model(model, named(args.cases), modules, args.rounds, args.threads, args.results)

@@ -56,12 +56,28 @@ def install() -> None:
     run("cmake", "--build", build, "--target", *TARGETS, env=env)
 
 
-def runners(model: Path, workload: Workload, num_threads: int) -> list[Runner]:
-    """With and without flash attention: which is faster depends on the model, the depth and the
-    batch. Larger and smaller micro-batches (-ub) than the default were slower."""
-    both = workload.num_prompt_tokens and workload.num_decode_tokens
-    runner = BatchedBench if both else Bench
-    return [runner(model, workload, num_threads, ["-fa", value]) for value in ("on", "off")]
+def engine(model: Path, num_threads: int) -> LlamaCpp:
+    return LlamaCpp(model, num_threads)
+
+
+class LlamaCpp:
+    """An ``Engine``: a program for each workload."""
+
+    def __init__(self, model: Path, num_threads: int) -> None:
+        self._model, self._num_threads = model, num_threads
+
+    def runners(self, workload: Workload) -> list[Runner]:
+        """With and without flash attention: which is faster depends on the model, the depth and the
+        batch. Larger and smaller micro-batches (-ub) than the default were slower."""
+        both = workload.num_prompt_tokens and workload.num_decode_tokens
+        runner = BatchedBench if both else Bench
+        return [
+            runner(self._model, workload, self._num_threads, ["-fa", value])
+            for value in ("on", "off")
+        ]
+
+    def close(self) -> None:
+        """The runners do."""
 
 
 class Bench:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -124,8 +125,10 @@ class TokenCost:
     """Read once for each step, however many sequences it has."""
     kv_bytes: int
     """Read for each sequence."""
-    num_ops: int
-    """Of the matrices; a multiply-add is two. Attention comes on top."""
+    layer_ops: int
+    """Of the layers' matrices; a multiply-add is two. Attention comes on top."""
+    head_ops: int
+    """Of the output matrix, which only the last token of a prompt needs."""
 
     def decode_limit(self, limits: Limits, batch_size: int) -> float:
         """Tokens per second that a batch cannot exceed: its steps take at least as long as the
@@ -133,22 +136,27 @@ class TokenCost:
         step_bytes = self.weight_bytes + batch_size * self.kv_bytes
         step_s = step_bytes / limits.read_bytes_per_s
         if limits.int8_ops_per_s:
-            step_s = max(step_s, batch_size * self.num_ops / limits.int8_ops_per_s)
+            step_ops = batch_size * (self.layer_ops + self.head_ops)
+            step_s = max(step_s, step_ops / limits.int8_ops_per_s)
         return batch_size / step_s
 
 
 def token_cost(spec: ModelSpec, weights: TileFile, depth: int) -> TokenCost:
     """Of an embedding that is no output matrix too, a token reads one row: that is left out."""
-    num_bytes, num_ops = 0, 0
-    for name, tensor in weights.tensors.items():
-        if name == "embed_tokens.weight" and not spec.tie_word_embeddings:
-            continue
-        num_bytes += tensor.data.nbytes
-        if len(tensor.shape) == 2:
-            num_ops += 2 * tensor.shape[0] * tensor.shape[1]
+    head = "embed_tokens.weight" if spec.tie_word_embeddings else "lm_head.weight"
+    read = {
+        name: tensor
+        for name, tensor in weights.tensors.items()
+        if name in (head, "norm.weight") or name.startswith("layers.")
+    }
+    ops = {name: 2 * math.prod(t.shape) for name, t in read.items() if len(t.shape) == 2}
     caches = [layer.mixer.cache_spec for layer in spec.layers]
-    kv_bytes = sum(c.bytes_per_token * min(depth, c.window or depth) for c in caches)
-    return TokenCost(num_bytes, kv_bytes, num_ops)
+    return TokenCost(
+        weight_bytes=sum(tensor.data.nbytes for tensor in read.values()),
+        kv_bytes=sum(c.bytes_per_token * min(depth, c.window or depth) for c in caches),
+        layer_ops=sum(ops.values()) - ops[head],
+        head_ops=ops[head],
+    )
 
 
 def _prefixes(vocab_size: int, workload: Workload) -> Iterator[list[int]]:

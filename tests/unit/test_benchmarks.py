@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import math
+from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
+from random_models import random_spec
 
 from benchmarks import cases
 from benchmarks.compare import compare
 from tael.evals.limits import Limits
-from tael.evals.speed import Speed, TokenCost, Workload
+from tael.evals.speed import Speed, TokenCost, Workload, token_cost
+from tael.loader.tile_file import TileFile, TileTensor
 
 DECODE = Workload(num_decode_tokens=10)
 LIMITS = Limits(2, read_bytes_per_s=30e9, int8_ops_per_s=None, bf16_flops_per_s=None)
@@ -59,10 +63,26 @@ def test_a_prompt_is_cut_to_the_context() -> None:
 
 
 def test_limit_of_decoding() -> None:
-    cost = TokenCost(weight_bytes=1000, kv_bytes=10, num_ops=4000)
+    cost = TokenCost(weight_bytes=1000, kv_bytes=10, layer_ops=3000, head_ops=1000)
     memory_only = Limits(2, read_bytes_per_s=2000, int8_ops_per_s=None, bf16_flops_per_s=None)
     assert cost.decode_limit(memory_only, batch_size=1) == 2000 / 1010
     assert cost.decode_limit(memory_only, batch_size=4) == pytest.approx(4 * 2000 / 1040)
     both = Limits(2, read_bytes_per_s=2000, int8_ops_per_s=8000, bf16_flops_per_s=None)
     assert cost.decode_limit(both, batch_size=1) == 2000 / 1010
     assert cost.decode_limit(both, batch_size=4) == 2  # 4 tokens in 2 s
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_cost_of_a_token(tied: bool) -> None:
+    spec = replace(random_spec(2, 1, 16, windows=[None, 8]), tie_word_embeddings=tied)
+    tensors = {
+        name: TileTensor("Q8_0", shape, np.zeros(10, np.uint8))
+        for name, shape in spec.parameters().items()
+    }
+    cost = token_cost(spec, TileFile(tensors, 0, ""), depth=100)
+    num_read = len(tensors) if tied else len(tensors) - 1  # of an untied embedding, a row is read
+    assert cost.weight_bytes == 10 * num_read
+    assert cost.kv_bytes == 2 * 16 * 2 * (100 + 8)
+    assert cost.head_ops == 2 * spec.vocab_size * spec.hidden_size
+    layer = sum(math.prod(s) for n, s in spec.parameters().items() if "layers.0" in n and s[1:])
+    assert cost.layer_ops == 2 * 2 * layer
