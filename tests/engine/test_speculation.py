@@ -26,7 +26,7 @@ SAMPLING = {
 @pytest.fixture(scope="module", params=["smollm2:135m", "gemma3:270m"])
 def llm(request: pytest.FixtureRequest, model_path: Callable[[str], Path]) -> Iterator[LLM]:
     """Gemma has sliding windows of 512 tokens."""
-    with LLM(str(model_path(request.param)), memory="1GiB", max_model_len=2048) as llm:
+    with LLM(str(model_path(request.param)), memory="3GiB", max_model_len=2048) as llm:
         yield llm
 
 
