@@ -5,10 +5,12 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <chrono>
 #include <climits>
 #include <stdexcept>
 
 #include "kernels/dispatch.hpp"
+#include "limits/limits.hpp"
 #include "model/model.hpp"
 #include "quant/dequantize.hpp"
 
@@ -79,6 +81,38 @@ FloatArray2D matmul_rows(const MatrixHandle& w, Floats2D x, const std::string& i
   for (int64_t t = 0; t < tokens; ++t)
     std::copy(out.data() + t * stride, out.data() + t * stride + w.matrix.rows, result.data() + t * w.matrix.rows);
   return result;
+}
+
+// Seconds that x W^T takes for several matrices of one shape, one after the other, the rounding of
+// x to int8 for each included. They are run once before that.
+double time_matmul(const std::vector<const MatrixHandle*>& matrices, Floats2D x, const std::string& isa,
+                   int num_threads) {
+  const Kernels& kernels = kernels_for(isa);
+  const Matrix& shape = matrices.at(0)->matrix;
+  const int64_t tokens = int64_t(x.shape(0)), columns = shape.columns, stride = shape.padded_rows();
+  if (int64_t(x.shape(1)) != columns) throw std::invalid_argument("columns differ");
+  for (const MatrixHandle* w : matrices)
+    if (w->matrix.rows != shape.rows || w->matrix.columns != columns) throw std::invalid_argument("shapes differ");
+  const Rows rows(tokens, columns);
+  const QuantizedBuffer quantized(tokens, columns);
+  const LinearInput input = {rows.floats(tokens), quantized.rows(tokens, columns)};
+  for (int64_t t = 0; t < tokens; ++t) std::copy_n(x.data() + t * columns, columns, rows.row(t));
+  const Buffer<float> out(tokens * stride);
+  ThreadPool pool(num_threads);
+  const auto run = [&] {
+    pool.run([&](int thread) {
+      for (const MatrixHandle* w : matrices) {
+        pool.parallel_for(thread, tokens, [&](int64_t t) {
+          kernels.quantize(rows.row(t), 0, input.quantized.num_groups, input.quantized, t);
+        });
+        linear(pool, thread, kernels, input, {{&w->matrix, out.data(), stride}});
+      }
+    });
+  };
+  run();
+  const auto start = std::chrono::steady_clock::now();
+  run();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 // Model plus the Python objects whose memory it reads.
@@ -161,6 +195,11 @@ FloatArray2D forward(nb::handle_t<ModelHandle> self, Ints token_ids, Ints positi
 NB_MODULE(_native, m) {
   using namespace tael;
   m.attr("BLOCK_TOKENS") = kBlockTokens;
+#if defined(__clang__)
+  m.attr("COMPILER") = __VERSION__;
+#else
+  m.attr("COMPILER") = "GCC " __VERSION__;
+#endif
   m.def("supported_isas", &supported_isas);
   m.def("num_tiles", &num_tiles, "rows"_a);
   m.def("tile_bytes", [](const std::string& format, int64_t columns) {
@@ -184,6 +223,11 @@ NB_MODULE(_native, m) {
     return out;
   }, "matrix"_a, "row"_a);
   m.def("matmul", &matmul_rows, "matrix"_a, "x"_a, "isa"_a, "num_threads"_a);
+  m.def("time_matmul", &time_matmul, "matrices"_a, "x"_a, "isa"_a, "num_threads"_a);
+  m.def("read_bytes_per_s", &read_bytes_per_s, "num_threads"_a, "num_bytes"_a,
+        nb::call_guard<nb::gil_scoped_release>());
+  m.def("int8_ops_per_s", &int8_ops_per_s, "num_threads"_a, nb::call_guard<nb::gil_scoped_release>());
+  m.def("bf16_flops_per_s", &bf16_flops_per_s, "num_threads"_a, nb::call_guard<nb::gil_scoped_release>());
 
   nb::class_<MatrixHandle>(m, "Matrix")
       .def(nb::init<const std::string&, int64_t, int64_t, Bytes>(), "format"_a, "rows"_a, "columns"_a, "tiles"_a);

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 BLOCK_TOKENS: int
+COMPILER: str
 
 def supported_isas() -> list[str]:
     """Instruction sets that this build has and this CPU runs, best first."""
@@ -23,6 +24,15 @@ def matmul(
     matrix: Matrix, x: NDArray[np.float32], isa: str, num_threads: int
 ) -> NDArray[np.float32]:
     """[num_tokens, columns] times the transposed matrix: [num_tokens, rows]"""
+
+def time_matmul(
+    matrices: Sequence[Matrix], x: NDArray[np.float32], isa: str, num_threads: int
+) -> float:
+    """Seconds that the products of x with matrices of one shape take, one after the other."""
+
+def read_bytes_per_s(num_threads: int, num_bytes: int) -> float: ...
+def int8_ops_per_s(num_threads: int) -> float | None: ...
+def bf16_flops_per_s(num_threads: int) -> float | None: ...
 
 class Matrix:
     def __init__(self, format: str, rows: int, columns: int, tiles: NDArray[np.uint8]) -> None: ...

@@ -13,6 +13,10 @@ MAX_THREADS = 1024
 """More than any machine has cores: a slip of the keyboard."""
 
 
+MAX_DRAFT_TOKENS = 15
+"""Drafted tokens that one request can have verified in a step: 16 with the one before them."""
+
+
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
     """Bounds on one step and on the running set."""
@@ -24,6 +28,12 @@ class SchedulerConfig:
         if self.max_num_seqs < 1 or self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError("need 1 <= max_num_seqs <= max_num_batched_tokens")
 
+    @property
+    def max_num_logits(self) -> int:
+        """Tokens of a step whose logits may be asked for: one of each sequence, and as many drafted
+        ones as that leaves. A batch too large to leave any gains nothing from drafts."""
+        return max(self.max_num_seqs, 1 + MAX_DRAFT_TOKENS)
+
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
@@ -31,13 +41,15 @@ class EngineConfig:
 
     ``memory_bytes`` bounds the whole process: weights, KV cache, workspace and the
     interpreter (None: what the machine can spare). ``max_model_len`` bounds the context in
-    tokens (None: what the model was trained for and the memory holds).
+    tokens (None: what the model was trained for and the memory holds). ``speculation`` guesses
+    tokens from the text and verifies several at once; it changes no token.
     """
 
     backend: str = "cpu"
     memory_bytes: int | None = None
     max_model_len: int | None = None
     num_threads: int | None = None
+    speculation: bool = True
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
 
     def __post_init__(self) -> None:

@@ -84,6 +84,7 @@ class LLM:
         backend: str = "cpu",
         max_num_seqs: int = 32,
         max_num_batched_tokens: int = 512,
+        speculation: bool = True,
         progress: Progress | None = None,
     ) -> None:
         config = EngineConfig(
@@ -91,6 +92,7 @@ class LLM:
             memory_bytes=parse_bytes(memory) if isinstance(memory, str) else memory,
             max_model_len=max_model_len,
             num_threads=num_threads,
+            speculation=speculation,
             scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens),
         )
         path = resolve(model, progress=progress)

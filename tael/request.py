@@ -79,6 +79,10 @@ class Usage:
     num_cached_tokens: int = 0
     """Prompt tokens read from the prefix cache instead of computed."""
     num_output_tokens: int = 0
+    num_draft_tokens: int = 0
+    """Guessed output tokens that the model verified."""
+    num_accepted_tokens: int = 0
+    """Those that were right. Each saved a step."""
     num_preemptions: int = 0
     kv_bytes: int = 0
     """Largest number of KV bytes that the request referenced."""
@@ -118,12 +122,15 @@ class Request:
         *,
         eos_token_ids: frozenset[int] = frozenset(),
         cache_salt: str = "",
+        speculation: bool = True,
     ) -> None:
         self.request_id = request_id
         self.params = params
         self.eos_token_ids = eos_token_ids
         self.cache_salt = cache_salt
-        """Requests share cached blocks only with requests of the same salt."""
+        """Requests share cached blocks and recent outputs only with requests of the same salt."""
+        self.speculation = speculation
+        """Whether tokens may be drafted, where the engine does so."""
         self.num_prompt_tokens = len(prompt_token_ids)
         self.token_ids: list[int] = list(prompt_token_ids)
         """Prompt and output."""

@@ -121,7 +121,6 @@ class RoundingReference(ReferenceBackend):
     def bind_kv(self, pools: list[NDArray[np.uint8]]) -> None:
         self.kv_cache = _RoundingKVCache(self.spec, [len(pool) for pool in pools])
 
-
     def attend(
         self,
         q: Any,

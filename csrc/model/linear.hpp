@@ -84,7 +84,7 @@ struct LinearInput {
 };
 
 // Tokens that pass by one piece of a matrix, in packs: their activations stay near, in the L2 cache.
-constexpr int64_t kBlockPacks = 16;
+constexpr int64_t kBlockPacks = 48;
 
 inline int64_t num_token_blocks(const LinearInput& x) {
   return (x.quantized.num_packs() + kBlockPacks - 1) / kBlockPacks;

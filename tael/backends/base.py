@@ -37,8 +37,8 @@ class Backend(Protocol):
         """Memory that the weights take, mapped files included."""
 
     def reserve(self, scheduler: SchedulerConfig, max_model_len: int) -> int:
-        """Allocate what ``forward`` needs for steps within these bounds that ask for logits of
-        one token per sequence. Returns the bytes, logits included. Called once, at start."""
+        """Allocate what ``forward`` needs for steps within these bounds. Returns the bytes, logits
+        included. Called once, at start."""
 
     def bind_kv(self, pools: list[NDArray[np.uint8]]) -> None:
         """Hand over the block pools, one per cache group: uint8 [num_blocks, block_bytes],

@@ -109,10 +109,15 @@ class CacheManager:
 
     def trim(self, request: Request) -> None:
         """Release the blocks that have left the windows: the next query of the request, at
-        position ``num_computed_tokens``, and all later ones look past them."""
+        position ``num_computed_tokens``, and all later ones look past them. Release too the
+        blocks after that position, which only rejected drafts have written to: were they kept,
+        a wrong guess could cost another request its place."""
         holding = self._holdings[request]
+        num_blocks = -(-request.num_computed_tokens // self.block_size)
         for i, group in enumerate(self.groups):
             table = holding.tables[i]
+            while len(table) > num_blocks:
+                self.pools[i].deref(table.pop())
             first = group.first_block(request.num_computed_tokens, self.block_size)
             for j in range(holding.firsts[i], first):
                 self.pools[i].deref(table[j])

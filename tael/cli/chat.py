@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tael.cli.common import model_options, open_llm, sampling_options, statistics
+from tael.cli.common import (
+    model_options,
+    open_llm,
+    sampling_options,
+    speculation_option,
+    statistics,
+)
 from tael.errors import TaelError
 
 if TYPE_CHECKING:
@@ -52,12 +58,14 @@ NUMBERS = (
 @click.option("--system", metavar="TEXT", help="System prompt.")
 @sampling_options
 @model_options
+@speculation_option
 def command(
     model: str | None,
     system: str | None,
     memory: int | None,
     threads: int | None,
     context: int | None,
+    speculation: bool,
     **sampling: Any,
 ) -> None:
     """Talk with a model. /help lists the commands."""
@@ -71,7 +79,7 @@ def command(
 
     params = SamplingParams(**sampling)
     model = model or DEFAULT_MODEL
-    with open_llm(model, memory, threads, context, quiet=False) as llm:
+    with open_llm(model, memory, threads, context, speculation=speculation, quiet=False) as llm:
         if not llm.engine.tokenizer.has_chat_template:
             raise TaelError(f"{model} has no chat template; complete texts with: tael run {model}.")
         chat = Chat(llm, params, system)

@@ -41,6 +41,15 @@ def model_options(command: F) -> F:
     return command
 
 
+speculation_option = click.option(
+    "--speculation/--no-speculation",
+    default=True,
+    help="Guess tokens from the text and verify several at once, which changes no token.  "
+    "[default: on]",
+)
+"""Also an argument of ``open_llm``; not for what measures steps of one token."""
+
+
 def sampling_options(command: F) -> F:
     """Fields of ``SamplingParams``. The defaults suit small models: nearly greedy, since they
     lose the thread at temperature 1, and bounded, since some never end by themselves."""
@@ -62,7 +71,13 @@ def sampling_options(command: F) -> F:
 
 
 def open_llm(
-    model: str, memory: int | None, threads: int | None, context: int | None, *, quiet: bool
+    model: str,
+    memory: int | None,
+    threads: int | None,
+    context: int | None,
+    *,
+    speculation: bool = True,
+    quiet: bool,
 ) -> LLM:
     """Load a model, pulling it if need be, and say on stderr what it can hold."""
     from tael.llm import LLM
@@ -73,6 +88,7 @@ def open_llm(
             memory=memory,
             max_model_len=context,
             num_threads=threads,
+            speculation=speculation,
             progress=progress,
         )
     if not quiet:
@@ -87,12 +103,21 @@ def statistics(usage: Usage, reason: FinishReason | None) -> str:
     from tael.request import FinishReason
 
     cut = ", cut off at the token limit" if reason is FinishReason.LENGTH else ""
+    speculation = ""
+    if usage.num_draft_tokens > 0:
+        tokens_per_step = usage.num_output_tokens / (
+            usage.num_output_tokens - usage.num_accepted_tokens
+        )
+        speculation = (
+            f"{usage.num_accepted_tokens:,} of {usage.num_draft_tokens:,} drafts accepted "
+            f"({tokens_per_step:.1f} tokens a step), "
+        )
     return (
         f"prompt {usage.num_prompt_tokens:,} tokens ({usage.num_cached_tokens:,} cached), "
         f"first token after {usage.time_to_first_token_s:.2f} s, "
         f"{usage.num_output_tokens:,} tokens at {usage.decode_tokens_per_s:.1f}/s, "
-        f"KV {format_bytes(usage.kv_bytes)}, peak memory {format_bytes(peak_rss_bytes())}"
-        f"{cut}"
+        f"{speculation}KV {format_bytes(usage.kv_bytes)}, "
+        f"peak memory {format_bytes(peak_rss_bytes())}{cut}"
     )
 
 

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tael.cli.common import model_options, open_llm, sampling_options, statistics
+from tael.cli.common import (
+    model_options,
+    open_llm,
+    sampling_options,
+    speculation_option,
+    statistics,
+)
 from tael.errors import TaelError
 
 if TYPE_CHECKING:
@@ -32,6 +38,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
 @sampling_options
 @model_options
+@speculation_option
 def command(
     words: tuple[str, ...],
     files: tuple[str, ...],
@@ -41,6 +48,7 @@ def command(
     memory: int | None,
     threads: int | None,
     context: int | None,
+    speculation: bool,
     **sampling: Any,
 ) -> None:
     """Answer PROMPT; "-" reads it from standard input. The answer goes to standard output, the
@@ -50,7 +58,7 @@ def command(
     model, question = _model_and_question(words)
     text = _prompt_text(question, files)
     params = SamplingParams(**sampling)
-    with open_llm(model, memory, threads, context, quiet=as_json) as llm:
+    with open_llm(model, memory, threads, context, speculation=speculation, quiet=as_json) as llm:
         prompt = _prompt(llm, model, text, system, raw)
         if as_json:
             _print_json(llm, model, prompt, params)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,7 +14,7 @@ from tael.engine.scheduler import ScheduledRequest
 
 def build_batch(scheduled: list[ScheduledRequest], manager: CacheManager) -> ForwardBatch:
     """The tokens that ``scheduled`` names, with the block tables that ``manager`` gives them.
-    Row i of the logits belongs to the i-th entry that samples."""
+    Each entry that samples has one row of the logits, and one more for every drafted token."""
     counts = [entry.num_scheduled_tokens for entry in scheduled]
     query_start = np.zeros(len(scheduled) + 1, np.int32)
     np.cumsum(counts, out=query_start[1:])
@@ -21,15 +23,17 @@ def build_batch(scheduled: list[ScheduledRequest], manager: CacheManager) -> For
     for entry, start in zip(scheduled, query_start.tolist(), strict=False):
         first, count = entry.request.num_computed_tokens, entry.num_scheduled_tokens
         token_ids += entry.request.token_ids[first : first + count]
+        token_ids += entry.draft_token_ids
         positions[start : start + count] += first - start
     tables = [manager.block_tables(entry.request) for entry in scheduled]
-    samples = np.array([entry.samples for entry in scheduled], dtype=bool)
+    ends = zip(scheduled, query_start[1:].tolist(), strict=True)
+    sampled = [range(end - entry.num_logits, end) for entry, end in ends]
     return ForwardBatch(
         token_ids=np.array(token_ids, dtype=np.int32),
         positions=positions,
         query_start=query_start,
         block_tables=tuple(_padded(group) for group in zip(*tables, strict=True)),
-        logits_indices=query_start[1:][samples] - np.int32(1),
+        logits_indices=np.array(list(chain.from_iterable(sampled)), dtype=np.int32),
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from tael.backends.base import Backend
 from tael.cache.manager import CacheManager
 from tael.config import BLOCK_SIZE, EngineConfig
-from tael.engine.output import OutputProcessor
+from tael.engine.output import OutputProcessor, Piece
 from tael.engine.runner import run_step
 from tael.engine.sampler import Logits, Sampler
 from tael.engine.scheduler import Scheduler
@@ -21,6 +21,7 @@ from tael.memory.budget import available_memory_bytes, format_bytes, kv_budget, 
 from tael.memory.kv_store import KVStore
 from tael.models.spec import CacheGroup, ModelSpec, cache_groups
 from tael.request import FinishReason, Request, SamplingParams, TokenLogprobs, Usage
+from tael.speculative.drafter import Drafter
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +29,8 @@ SPARE_FRACTION = 0.75
 """Of the machine's available memory, what an engine takes unless told. Pages of files that
 other programs read count as available; a quarter leaves them some, and room to start more."""
 
-OVERHEAD_BYTES = 8 << 20
-"""For what running takes in Python: requests and batches."""
+OVERHEAD_BYTES = 12 << 20
+"""For what running takes in Python: requests, batches and what drafts are looked up in."""
 
 SAMPLING_BYTES = 96
 """Per token of the vocabulary, for the temporaries of sampling. Measured: 84, with top_p at a
@@ -46,6 +47,7 @@ class OutputDelta:
     text: str
     """May be empty: of half a character, say, or of what could become a stop string."""
     token_ids: tuple[int, ...]
+    """More than one if drafts were right."""
     logprobs: tuple[TokenLogprobs, ...]
     """One for each token, if asked for."""
     finish_reason: FinishReason | None
@@ -94,7 +96,8 @@ class Engine:
         # Blocks live no longer than this engine and its weights, so the spec identifies them.
         fingerprint = hashlib.sha256(repr(spec).encode()).digest()
         self.manager = CacheManager(groups, plan.num_blocks, BLOCK_SIZE, fingerprint)
-        self.scheduler = Scheduler(config.scheduler, self.manager, self.max_model_len)
+        drafter = Drafter() if config.speculation else None
+        self.scheduler = Scheduler(config.scheduler, self.manager, self.max_model_len, drafter)
         self._unfinished: dict[str, list[_Completion]] = {}
         """By the caller's request id."""
         self._forks: dict[str, list[_Completion]] = {}
@@ -109,8 +112,10 @@ class Engine:
         params: SamplingParams,
         *,
         cache_salt: str = "",
+        speculation: bool = True,
     ) -> None:
         """Queue a request. Raises TaelError if it cannot be run, ValueError if the id is in use.
+        Without ``speculation`` it gets a token a step, as all do if the engine's is off.
 
         Of ``n`` completions the first computes the prompt. The others are queued when it has,
         and find the prompt in the prefix cache.
@@ -127,6 +132,7 @@ class Engine:
                 params,
                 eos_token_ids=self.tokenizer.eos_token_ids,
                 cache_salt=cache_salt,
+                speculation=speculation,
             )
             output = OutputProcessor(request, self.scheduler.length_limit(request), self.tokenizer)
             sampler = Sampler(request, index)
@@ -145,11 +151,17 @@ class Engine:
         schedule = self.scheduler.schedule()
         result = run_step(schedule, self.manager, self.backend, self._sample)
         deltas = [self._fail(self._completions[key], e) for key, e in result.errors.items()]
-        self.scheduler.update(schedule, result.token_ids)
+        pieces: dict[str, Piece] = {}
+        for key, token_ids in result.token_ids.items():
+            try:
+                pieces[key] = self._completions[key].output.extend(token_ids)
+            except Exception as error:
+                deltas.append(self._fail(self._completions[key], error))
+        self.scheduler.update(schedule, {key: p.token_ids for key, p in pieces.items()})
         now = time.monotonic()
-        for key, token_id in result.token_ids.items():
-            logprobs = result.logprobs[key]
-            deltas.append(self._extend(self._completions[key], token_id, logprobs, now))
+        for key, piece in pieces.items():
+            logprobs = result.logprobs[key][: len(piece.token_ids)]
+            deltas.append(self._extend(self._completions[key], piece, logprobs, now))
         self._queue_forks()
         return deltas
 
@@ -184,30 +196,28 @@ class Engine:
                 f"{self.spec.vocab_size - 1}."
             )
 
-    def _sample(self, key: str, logits: Logits) -> tuple[int, TokenLogprobs | None]:
-        return self._completions[key].sampler.sample(logits)
+    def _sample(
+        self, key: str, logits: Logits, accepted: Sequence[int]
+    ) -> tuple[int, TokenLogprobs | None]:
+        return self._completions[key].sampler.sample(logits, accepted)
 
     def _extend(
-        self, completion: _Completion, token_id: int, logprobs: TokenLogprobs | None, now: float
+        self, completion: _Completion, piece: Piece, logprobs: Sequence[TokenLogprobs], now: float
     ) -> OutputDelta:
-        """The delta of a completion that has got its next token."""
+        """The delta of a completion that has got its next tokens."""
         request, usage = completion.request, completion.request.usage
-        if usage.num_output_tokens == 1:
+        if usage.num_output_tokens == len(piece.token_ids):
             usage.time_to_first_token_s = now - request.arrival_time
         usage.decode_s = now - request.arrival_time - usage.time_to_first_token_s
-        try:
-            text, reason = completion.output.append(token_id)
-        except Exception as error:
-            return self._fail(completion, error)
-        if reason is not None:
-            self.scheduler.finish(request, reason)
+        if piece.finish_reason is not None:
+            self.scheduler.finish(request, piece.finish_reason)
         return OutputDelta(
             request_id=completion.request_id,
             index=completion.index,
-            text=text,
-            token_ids=(token_id,),
-            logprobs=() if logprobs is None else (logprobs,),
-            finish_reason=reason,
+            text=piece.text,
+            token_ids=piece.token_ids,
+            logprobs=tuple(logprobs),
+            finish_reason=piece.finish_reason,
             error=None,
             usage=self._settle(completion),
         )
@@ -277,6 +287,8 @@ def _total(usages: Sequence[Usage]) -> Usage:
         num_prompt_tokens=first.num_prompt_tokens,
         num_cached_tokens=first.num_cached_tokens,
         num_output_tokens=sum(usage.num_output_tokens for usage in usages),
+        num_draft_tokens=sum(usage.num_draft_tokens for usage in usages),
+        num_accepted_tokens=sum(usage.num_accepted_tokens for usage in usages),
         num_preemptions=sum(usage.num_preemptions for usage in usages),
         kv_bytes=sum(usage.kv_bytes for usage in usages),
         queue_s=first.queue_s,

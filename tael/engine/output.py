@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from tael.loader.tokenizer import Tokenizer
 from tael.request import FinishReason, Request
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one step adds to an answer."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason | None
+    """Why the last token was the last, if it was."""
 
 
 class OutputProcessor:
@@ -17,22 +28,32 @@ class OutputProcessor:
 
     def __init__(self, request: Request, length_limit: int, tokenizer: Tokenizer) -> None:
         params = request.params
-        self._request = request
-        self._length_limit = length_limit
+        self._num_left = length_limit - request.num_tokens
         self._stop_token_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             self._stop_token_ids |= request.eos_token_ids
         self._detokenizer = tokenizer.decode_stream()
         self._stop_strings = StopStrings(params.stop)
 
+    def extend(self, token_ids: Sequence[int]) -> Piece:
+        """What the next tokens add to the answer. Those after its end are dropped."""
+        text = ""
+        for i, token_id in enumerate(token_ids):
+            added, reason = self.append(token_id)
+            text += added
+            if reason is not None:
+                return Piece(tuple(token_ids[: i + 1]), text, reason)
+        return Piece(tuple(token_ids), text, None)
+
     def append(self, token_id: int) -> tuple[str, FinishReason | None]:
-        """What the request's newest token adds to the text, and why it was the last, if it was."""
+        """What the next token adds to the text, and why it was the last, if it was."""
+        self._num_left -= 1
         if token_id in self._stop_token_ids:
             return self._rest(), FinishReason.STOP
         text, stopped = self._stop_strings.push(self._detokenizer.step(token_id))
         if stopped:
             return text, FinishReason.STOP
-        if self._request.num_tokens < self._length_limit:
+        if self._num_left > 0:
             return text, None
         return text + self._rest(), FinishReason.LENGTH
 

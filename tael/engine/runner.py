@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from tael.backends.base import Backend
 from tael.cache.manager import CacheManager
 from tael.engine.batch import build_batch
 from tael.engine.sampler import Logits
-from tael.engine.scheduler import Schedule
+from tael.engine.scheduler import Schedule, ScheduledRequest
 from tael.request import TokenLogprobs
 
 
@@ -17,30 +17,50 @@ from tael.request import TokenLogprobs
 class StepResult:
     """By request id, for the requests of the step that sample."""
 
-    token_ids: dict[str, int] = field(default_factory=dict)
-    logprobs: dict[str, TokenLogprobs | None] = field(default_factory=dict)
+    token_ids: dict[str, list[int]] = field(default_factory=dict)
+    """The drafted tokens that were right, and the one after them."""
+    logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
     errors: dict[str, Exception] = field(default_factory=dict)
     """Why a request has no token."""
 
 
+Sample = Callable[[str, Logits, Sequence[int]], tuple[int, TokenLogprobs | None]]
+
+
 def run_step(
-    schedule: Schedule,
-    manager: CacheManager,
-    backend: Backend,
-    sample: Callable[[str, Logits], tuple[int, TokenLogprobs | None]],
+    schedule: Schedule, manager: CacheManager, backend: Backend, sample: Sample
 ) -> StepResult:
-    """Compute a schedule and call ``sample(request_id, logits)`` for each request that samples.
-    An exception of ``sample`` is that request's alone; one of the backend concerns all and is
-    raised."""
+    """Compute a schedule and call ``sample(request_id, logits, accepted)`` for each request that
+    samples; again for the next row, with the tokens so far as ``accepted``, as long as the token
+    is the drafted one. That choice does not depend on what was drafted, so neither does the
+    output. An exception of ``sample`` is that request's alone; one of the backend concerns all
+    and is raised."""
     logits = backend.forward(build_batch(schedule.scheduled, manager))
-    sampling = (entry.request.request_id for entry in schedule.scheduled if entry.samples)
     result = StepResult()
-    for row, request_id in zip(logits, sampling, strict=True):
-        try:
-            token_id, logprobs = sample(request_id, row)
-        except Exception as error:
-            result.errors[request_id] = error
-        else:
-            result.token_ids[request_id] = token_id
-            result.logprobs[request_id] = logprobs
+    end = 0
+    for entry in schedule.scheduled:
+        if entry.samples:
+            rows = logits[end : (end := end + entry.num_logits)]
+            _verify(rows, entry, sample, result)
     return result
+
+
+def _verify(rows: Logits, entry: ScheduledRequest, sample: Sample, result: StepResult) -> None:
+    request_id = entry.request.request_id
+    token_ids: list[int] = []
+    all_logprobs: list[TokenLogprobs] = []
+    for row, drafted in zip(rows, (*entry.draft_token_ids, None), strict=True):
+        try:
+            token_id, logprobs = sample(request_id, row, token_ids)
+        except Exception as error:
+            if not token_ids:
+                result.errors[request_id] = error
+                return
+            break  # the same row comes first in the next step, and its error with it
+        token_ids.append(token_id)
+        if logprobs is not None:
+            all_logprobs.append(logprobs)
+        if token_id != drafted:
+            break
+    result.token_ids[request_id] = token_ids
+    result.logprobs[request_id] = all_logprobs

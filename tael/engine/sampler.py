@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,26 +31,30 @@ class Sampler:
         prompt_ids = request.token_ids[: request.num_prompt_tokens] if self._repeats else []
         self._prompt_ids = np.unique(np.array(prompt_ids, dtype=np.int64))
 
-    def sample(self, logits: Logits) -> tuple[int, TokenLogprobs | None]:
+    def sample(
+        self, logits: Logits, accepted: Sequence[int] = ()
+    ) -> tuple[int, TokenLogprobs | None]:
         """The next token, given ``logits`` [vocab_size], and the log-probabilities asked for.
+        ``accepted`` are tokens that this step has already put after those of the request.
 
         Raises FloatingPointError if the logits have a NaN or no finite maximum.
         """
         request, params = self._request, self._request.params
-        adjusted = self.adjust(logits)
+        adjusted = self.adjust(logits, accepted)
         if not np.isfinite(adjusted.max()):  # max() propagates NaN
             raise FloatingPointError("the logits are not finite")
         if params.temperature == 0.0:
             token_id = int(adjusted.argmax())
         else:
             ids, weights = candidates(adjusted, params)
-            bits = np.random.Philox(key=self._key, counter=request.num_output_tokens).random_raw()
+            position = request.num_output_tokens + len(accepted)
+            bits = np.random.Philox(key=self._key, counter=position).random_raw()
             token_id = int(ids[draw(weights, (int(bits) >> 12) * 2.0**-52)])
         if params.logprobs is None:
             return token_id, None
         return token_id, token_logprobs(logits, token_id, params.logprobs)
 
-    def adjust(self, logits: Logits) -> Logits:
+    def adjust(self, logits: Logits, accepted: Sequence[int] = ()) -> Logits:
         """Logits after the bias and penalties that the request asks for: a copy if any."""
         request, params = self._request, self._request.params
         appears = params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
@@ -59,7 +64,7 @@ class Sampler:
         for token_id, bias in params.logit_bias.items():
             adjusted[token_id] += bias
         output, counts = np.unique(
-            np.array(request.output_token_ids, dtype=np.int64), return_counts=True
+            np.array([*request.output_token_ids, *accepted], dtype=np.int64), return_counts=True
         )
         if self._repeats:  # over prompt and output, as Hugging Face does
             seen = np.union1d(self._prompt_ids, output)

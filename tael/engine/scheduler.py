@@ -2,7 +2,8 @@
 
 There is no prefill and no decode phase. A step moves ``num_computed_tokens`` of each request
 toward ``num_tokens`` under one budget of tokens; a prompt computed in chunks, a prefix hit and
-a decode are the same subtraction. What holds, and why:
+a decode are the same subtraction. A draft adds guesses after ``num_tokens``, and the step moves
+past those that were right. What holds, and why:
 
 - *Order.* Running requests go first, in the order in which they were admitted; then waiting
   ones, first come first served.
@@ -14,20 +15,23 @@ a decode are the same subtraction. What holds, and why:
   back. The first one can thus claim every block of the pools, and ``add`` refused it unless
   empty pools hold it to its very end.
 - *No thrashing within a step.* A step that preempted admits nothing.
+- *Drafts take nothing from anybody.* They get what is left of the budget and the blocks once all
+  requests have theirs, and ``update`` takes back the blocks of those that were wrong.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
 from tael.cache.manager import CacheManager
-from tael.config import SchedulerConfig
+from tael.config import MAX_DRAFT_TOKENS, SchedulerConfig
 from tael.errors import TaelError
 from tael.request import FinishReason, Request, RequestStatus
+from tael.speculative.drafter import Drafter
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +40,16 @@ class ScheduledRequest:
 
     request: Request
     num_scheduled_tokens: int
+    """Drafted ones included."""
     samples: bool
     """These are the last of its tokens, so the step's logits give the next one."""
+    draft_token_ids: tuple[int, ...] = ()
+    """Guesses of the tokens after the last."""
+
+    @property
+    def num_logits(self) -> int:
+        """Tokens at the end of the scheduled ones whose logits are wanted."""
+        return 1 + len(self.draft_token_ids) if self.samples else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +64,17 @@ class Scheduler:
     """Holds every unfinished request. A step is ``schedule``, a forward pass and ``update``;
     ``add``, ``finish`` and ``abort`` may come at any moment outside those two calls."""
 
-    def __init__(self, config: SchedulerConfig, manager: CacheManager, max_model_len: int) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        manager: CacheManager,
+        max_model_len: int,
+        drafter: Drafter | None = None,
+    ) -> None:
         self.config = config
         self.manager = manager
         self.max_model_len = max_model_len
+        self.drafter = drafter
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
 
@@ -105,19 +124,21 @@ class Scheduler:
             num_new_tokens = min(request.num_tokens - request.num_computed_tokens, budget)
             scheduled.append(self._scheduled(request, num_new_tokens))
             budget -= num_new_tokens
+        if self.drafter is not None:
+            self._add_drafts(self.drafter, scheduled, budget)
         return Schedule(scheduled, preempted)
 
-    def update(self, schedule: Schedule, sampled: Mapping[str, int]) -> None:
+    def update(self, schedule: Schedule, sampled: Mapping[str, Sequence[int]]) -> None:
         """Record a completed forward pass. ``sampled`` maps the id of each request that
-        ``samples`` to its next token. Requests aborted during the pass are passed over."""
+        ``samples`` to its next tokens: the first of its draft, as far as they were right, and
+        one more. Requests finished during the pass are passed over."""
         for entry in schedule.scheduled:
             request = entry.request
             if request.is_finished:
                 continue
             request.num_computed_tokens += entry.num_scheduled_tokens
             if entry.samples:
-                request.token_ids.append(sampled[request.request_id])
-                request.usage.num_output_tokens += 1
+                self._extend(entry, sampled[request.request_id])
             self.manager.publish(request)
             self.manager.trim(request)
 
@@ -130,6 +151,8 @@ class Scheduler:
             self.waiting.remove(request)
         request.status = RequestStatus.FINISHED
         request.finish_reason = reason
+        if self.drafter is not None:
+            self.drafter.finish(request)
 
     def abort(self, request_id: str) -> Request | None:
         """Finish a request that is no longer wanted; None if there is no such request."""
@@ -148,11 +171,45 @@ class Scheduler:
             return self.max_model_len
         return min(request.num_prompt_tokens + request.params.max_tokens, self.max_model_len)
 
-    def _scheduled(self, request: Request, num_new_tokens: int) -> ScheduledRequest:
+    def _scheduled(
+        self, request: Request, num_new_tokens: int, draft: tuple[int, ...] = ()
+    ) -> ScheduledRequest:
         usage = request.usage
         usage.kv_bytes = max(usage.kv_bytes, self.manager.kv_bytes(request))
         samples = request.num_computed_tokens + num_new_tokens == request.num_tokens
-        return ScheduledRequest(request, num_new_tokens, samples)
+        return ScheduledRequest(request, num_new_tokens + len(draft), samples, draft)
+
+    def _add_drafts(self, drafter: Drafter, scheduled: list[ScheduledRequest], budget: int) -> None:
+        """Lengthen entries of a step by drafts."""
+        sampling = [i for i, entry in enumerate(scheduled) if entry.samples]
+        max_num_drafts = min(budget, self.config.max_num_logits - len(sampling))
+        drafting = [i for i in sampling if scheduled[i].request.speculation]
+        if max_num_drafts <= 0 or not drafting:
+            return
+        requests = [scheduled[i].request for i in drafting]
+        # A step gives one token more than it verifies, and none may lie beyond the limit.
+        limits = [
+            min(MAX_DRAFT_TOKENS, self.length_limit(request) - request.num_tokens - 1)
+            for request in requests
+        ]
+        num_tokens = sum(entry.num_scheduled_tokens for entry in scheduled)
+        drafts = drafter.draft(requests, limits, num_tokens, max_num_drafts)
+        for i, request, draft in zip(drafting, requests, drafts, strict=True):
+            num_new_tokens = scheduled[i].num_scheduled_tokens
+            if draft and self.manager.allocate(request, num_new_tokens + len(draft)):
+                scheduled[i] = self._scheduled(request, num_new_tokens, tuple(draft))
+
+    def _extend(self, entry: ScheduledRequest, token_ids: Sequence[int]) -> None:
+        """Append the tokens that a request got, and move back before wrong drafts."""
+        request, usage = entry.request, entry.request.usage
+        num_draft_tokens, num_accepted_tokens = len(entry.draft_token_ids), len(token_ids) - 1
+        request.token_ids.extend(token_ids)
+        request.num_computed_tokens -= num_draft_tokens - num_accepted_tokens
+        usage.num_output_tokens += len(token_ids)
+        usage.num_draft_tokens += num_draft_tokens
+        usage.num_accepted_tokens += num_accepted_tokens
+        if self.drafter is not None and num_draft_tokens > 0:
+            self.drafter.observe(request, num_draft_tokens, num_accepted_tokens)
 
     def _admit(self, request: Request) -> None:
         request.status = RequestStatus.RUNNING

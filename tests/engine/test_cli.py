@@ -203,10 +203,14 @@ def test_run_says_when_the_answer_was_cut_off(llm: FakeLLM) -> None:
 
 
 def test_run_options_reach_the_model(llm: FakeLLM) -> None:
-    arguments = "run m.gguf hi --memory 2GiB --threads 3 --context 99 --system s --top-k 5 --seed 4"
+    arguments = (
+        "run m.gguf hi --memory 2GiB --threads 3 --context 99 --system s --top-k 5 --seed 4 "
+    )
+    arguments += "--no-speculation"
     assert invoke(*arguments.split(), "--max-tokens", "6").exit_code == 0
     assert llm.model == "m.gguf"
     settings = {k: v for k, v in llm.settings.items() if k != "progress"}
+    assert settings.pop("speculation") is False
     assert settings == {"memory": 2 << 30, "max_model_len": 99, "num_threads": 3}
     assert llm.engine.params == SamplingParams(
         max_tokens=6, temperature=0.2, top_k=5, top_p=0.9, seed=4

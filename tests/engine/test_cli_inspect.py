@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
-from tael import LLM
+from tael import LLM, TaelError
 from tael.cli.main import main
+from tael.evals.plot import plot
 
 
 def inspect(*arguments: str) -> str:
@@ -105,17 +107,39 @@ def test_inspect_of_a_model_that_does_not_fit(
     assert report["problem"] in inspect(str(tiny_model), "--memory", "1MiB")
 
 
-def test_bench_measures_every_length_and_batch(tiny_model: Path) -> None:
-    arguments = [str(tiny_model), "--prompt", "40,600", "--batch", "1,3", "--decode", "2"]
-    arguments += ["--context", "2048", "--runs", "1", "--json"]
-    result = CliRunner().invoke(main, ["bench", *arguments])
+def test_bench_measures_every_depth_and_batch(tiny_model: Path, tmp_path: Path) -> None:
+    image = tmp_path / "plot.png"
+    arguments = [str(tiny_model), "--prompt", "40", "--depth", "0,64,600", "--batch", "1,3"]
+    arguments += ["--decode", "2", "--context", "2048", "--runs", "1", "--plot", str(image)]
+    result = CliRunner().invoke(main, ["bench", *arguments, "--json"])
     assert result.exit_code == 0, result.stderr
-    rows = json.loads(result.stdout)
-    assert [(row["prompt"], row["batch"]) for row in rows] == [(40, 1), (40, 3), (600, 1), (600, 3)]
+    report = json.loads(result.stdout)
+    assert report["limits"]["read_bytes_per_s"] > 0
+    rows = report["rows"]
+    assert [(r["depth"], r["batch"]) for r in rows] == [
+        (depth, batch) for depth in (0, 64, 600) for batch in (1, 3)
+    ]
     assert all(row["prefill_tokens_per_s"] > 0 < row["decode_tokens_per_s"] for row in rows)
+    assert rows[0]["decode_limit"] > rows[-2]["decode_limit"]  # a deeper step reads more
+    assert image.read_bytes().startswith(b"\x89PNG")
 
 
-def test_bench_refuses_nonsense(tiny_model: Path) -> None:
-    result = CliRunner().invoke(main, ["bench", str(tiny_model), "--prompt", "many"])
+def test_bench_prints_a_table(tiny_model: Path) -> None:
+    arguments = [str(tiny_model), "--prompt", "8", "--decode", "2", "--context", "512"]
+    result = CliRunner().invoke(main, ["bench", *arguments, "--runs", "1"])
+    assert result.stdout.split()[:4] == ["depth", "batch", "prefill", "t/s"]
+    assert len(result.stdout.splitlines()) == 2
+    assert "GB/s read" in result.stderr
+
+
+def test_plot_without_matplotlib_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(TaelError, match=r"pip install 'tael\[plot\]'"):
+        plot(Path("plot.png"), {}, {}, title="", x_label="")
+
+
+@pytest.mark.parametrize("option", ["--depth", "--prompt"])
+def test_bench_refuses_nonsense(tiny_model: Path, option: str) -> None:
+    result = CliRunner().invoke(main, ["bench", str(tiny_model), option, "many"])
     assert result.exit_code == 2
-    assert "no list of numbers" in result.stderr
+    assert "many" in result.stderr

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import math
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
+from byte_llama import GREEDY, MAX_LEN, PROMPTS, assert_idle
 from numpy.typing import NDArray
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-from tael import LLM, AsyncLLM, SamplingParams, TaelError
+from tael import LLM, SamplingParams, TaelError
 from tael.backends.base import ForwardBatch
 from tael.backends.reference import ReferenceBackend
 from tael.config import BLOCK_SIZE, EngineConfig, SchedulerConfig
 from tael.engine.engine import Engine, OutputDelta, overhead_bytes
-from tael.evals.speed import measure
+from tael.evals.speed import Workload, measure
 from tael.llm import MAX_TOKEN_CHARACTERS, RequestOutput, gathered
 from tael.loader.safetensors import SafetensorsCheckpoint
 from tael.loader.tokenizer import Tokenizer
@@ -31,72 +26,10 @@ from tael.models.registry import read_spec
 from tael.models.spec import cache_groups
 from tael.request import FinishReason
 
-MAX_LEN = 256
-CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
-)
-GREEDY = SamplingParams(temperature=0, max_tokens=24)
-PROMPTS = [
-    "Once upon a time",
-    "The quick brown fox jumps over the lazy dog. " * 3,
-    "1 2 3 4",
-    "naïve café 漢字 🙂",
-]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama with a byte-level tokenizer. Ids 0 to 255 are bytes, 256 ends a text."""
-    path = tmp_path_factory.mktemp("model")
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocab = {character: i for i, character in enumerate(alphabet)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<eos>"])
-    tokenizer.save(str(path / "tokenizer.json"))
-    config = {"eos_token": "<eos>", "chat_template": CHAT_TEMPLATE}
-    (path / "tokenizer_config.json").write_text(json.dumps(config))
-
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(alphabet) + 1,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=MAX_LEN,
-            initializer_range=0.4,
-            bos_token_id=None,
-            eos_token_id=256,
-        )
-    )
-    model.save_pretrained(path)
-    return path
-
 
 @pytest.fixture(scope="module")
 def reference(folder: Path) -> LlamaForCausalLM:
     return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-@pytest.fixture
-def llm(folder: Path) -> Iterator[LLM]:
-    with LLM(str(folder), backend="reference") as llm:
-        yield llm
-        if llm._engine is not None:
-            assert_idle(llm.engine)
-
-
-def assert_idle(engine: Engine) -> None:
-    assert not engine.has_unfinished()
-    assert not engine.scheduler.has_unfinished()
-    assert engine.manager.num_referenced == 0
-    assert not engine._completions and not engine._forks
-    engine.manager.check()
 
 
 def make_engine(
@@ -378,130 +311,32 @@ def test_an_error_ends_one_request_only(folder: Path) -> None:
         assert completion.error == "the logits are not finite"
 
 
-def with_async_llm(llm: LLM, body: Callable[[AsyncLLM], object]) -> None:
-    async def main() -> None:
-        async with AsyncLLM(llm) as async_llm:
-            await body(async_llm)  # type: ignore[misc]
-
-    engine = llm.engine
-    asyncio.run(main())
-    assert_idle(engine)
-
-
-def test_async_equals_sync(llm: LLM) -> None:
-    params = SamplingParams(seed=8, max_tokens=12, n=2)
-    messages = [{"role": "user", "content": "hi"}]
-    expected, answer = llm.generate(PROMPTS, params), llm.chat(messages, params)
-
-    async def body(async_llm: AsyncLLM) -> None:
-        outputs, chat, deltas = await asyncio.gather(
-            async_llm.generate(PROMPTS, params),
-            async_llm.chat(messages, params),
-            collect(async_llm, PROMPTS[0], params),
-        )
-        assert [o.outputs for o in outputs] == [o.outputs for o in expected]
-        assert chat.outputs == answer.outputs
-        assert gathered((), deltas).outputs == expected[0].outputs
-
-    with_async_llm(llm, body)
-
-
-async def collect(llm: AsyncLLM, prompt: str, params: SamplingParams) -> list[OutputDelta]:
-    return [delta async for delta in llm.stream(prompt, params)]
-
-
-def test_cancelling_a_task_ends_its_request(llm: LLM) -> None:
-    endless = SamplingParams(ignore_eos=True, n=2)
-    expected = llm.generate("abc", GREEDY)[0].outputs
-
-    async def body(async_llm: AsyncLLM) -> None:
-        stream = async_llm.stream("abc", endless)
-        await anext(stream)
-        task = asyncio.create_task(async_llm.generate(["abc", "abcd"], endless))
-        await anext(stream)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        await stream.aclose()
-        (output,) = await async_llm.generate("abc", GREEDY)
-        assert output.outputs == expected
-
-    with_async_llm(llm, body)
-
-
-def test_close_finishes_what_runs_and_refuses_more(llm: LLM) -> None:
-    async def main() -> None:
-        async_llm = AsyncLLM(llm)
-        stream = async_llm.stream("abc", SamplingParams(ignore_eos=True, max_tokens=40))
-        await anext(stream)
-        closing = asyncio.create_task(async_llm.close())
-        assert len([delta async for delta in stream]) == 39
-        await closing
-        with pytest.raises(TaelError, match="closed"):
-            await async_llm.generate("abc")
-
-    asyncio.run(main())
-
-
-def test_async_errors_reach_their_caller(llm: LLM) -> None:
-    async def body(async_llm: AsyncLLM) -> None:
-        with pytest.raises(TaelError, match="context"):
-            await async_llm.generate(["abc", "x" * MAX_LEN], GREEDY)
-        (output,) = await async_llm.generate("abc", GREEDY)
-        assert output.text
-
-    with_async_llm(llm, body)
-
-
-def test_a_failing_engine_reaches_every_caller(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(batch: ForwardBatch) -> NDArray[np.float32]:
-        raise OSError("the weights are gone")
-
-    monkeypatch.setattr(llm.engine.backend, "forward", fail)
-
-    async def main() -> None:
-        async with AsyncLLM(llm) as async_llm:
-            results = await asyncio.gather(
-                async_llm.generate(["abc", "abcd"]),
-                collect(async_llm, "abc", GREEDY),
-                return_exceptions=True,
-            )
-            results += await asyncio.gather(async_llm.generate("abc"), return_exceptions=True)
-            for result in results:
-                assert isinstance(result, RuntimeError)
-                assert str(result.__cause__) == "the weights are gone"
-
-    asyncio.run(main())
-    assert llm._engine is None
-
-
-def test_a_program_may_end_without_closing(folder: Path) -> None:
-    script = f"""
-import asyncio, atexit, threading
-from tael import LLM, AsyncLLM, SamplingParams
-
-atexit.register(lambda: print(*(thread.name for thread in threading.enumerate())))
-
-async def main():
-    llm = AsyncLLM(LLM({str(folder)!r}, backend="reference"))
-    await anext(llm.stream("abc", SamplingParams(ignore_eos=True, n=100)))
-
-asyncio.run(main())
-"""
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60)
-    assert (result.returncode, result.stdout, result.stderr) == (0, b"MainThread\n", b"")
-
-
 def test_speed_counts_what_was_computed(folder: Path) -> None:
     engine = make_engine(folder)
-    alone = measure(engine, 100, 7)
-    assert (alone.num_prompt_tokens, alone.num_decoded_tokens) == (100, 7)
+    alone = measure(engine, Workload(num_prompt_tokens=100, num_decode_tokens=7))
+    assert alone.num_decoded_tokens == 7
     assert alone.prefill_tokens_per_s == pytest.approx(100 / alone.prefill_s)
+    assert alone.tokens_per_s == pytest.approx(107 / (alone.prefill_s + alone.decode_s))
+    plain = measure(engine, Workload(num_prompt_tokens=10, num_decode_tokens=200))
+    assert plain.num_decoded_tokens == 200  # in loops, and yet one by one
     # Prompts of 40 tokens in steps of 64: two start early and decode while the others wait.
-    together = measure(engine, 40, 7, batch_size=4)
+    together = measure(engine, Workload(40, 7, batch_size=4))
     assert 7 <= together.num_decoded_tokens < 4 * 7
     assert engine.manager.num_prefix_hit_tokens == 0
     assert_idle(engine)
+
+
+def test_speed_at_a_depth_computes_it_once(folder: Path) -> None:
+    engine = make_engine(folder)
+    decode = Workload(num_decode_tokens=5, depth=96, batch_size=2)
+    for num_hits in (2 * 64, 2 * (64 + 64 + 64)):  # the last block of 32 is computed each time
+        speed = measure(engine, decode)
+        assert (speed.num_decoded_tokens, speed.prefill_s) == (10, 0)
+        assert engine.manager.num_prefix_hit_tokens == num_hits
+    with pytest.raises(TaelError, match="do not fit the context"):
+        measure(engine, Workload(num_decode_tokens=MAX_LEN, depth=32))
+    with pytest.raises(TaelError, match="does not run at once"):
+        measure(engine, Workload(8, 1, batch_size=1000))
 
 
 def test_threads_share_an_llm(llm: LLM) -> None:

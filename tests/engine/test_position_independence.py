@@ -151,10 +151,12 @@ def run(
     digests: dict[str, list[str]] = {}
     sample = engine._sample
 
-    def recording(request_id: str, logits: Logits) -> tuple[int, TokenLogprobs | None]:
+    def recording(
+        request_id: str, logits: Logits, accepted: Sequence[int]
+    ) -> tuple[int, TokenLogprobs | None]:
         digest = hashlib.blake2b(np.ascontiguousarray(logits).data).hexdigest()
         digests.setdefault(request_id.split("/")[0], []).append(digest)
-        return sample(request_id, logits)
+        return sample(request_id, logits, accepted)
 
     engine._sample = recording  # type: ignore[method-assign]
     for i, prompt in enumerate(prompts):

@@ -4,15 +4,18 @@ The store remembers, for every slot of every block, which token at the end of wh
 last written there. Before a step, every position that its queries look at and that is said to
 be computed must hold the KV of the request's own prefix; after the step, the new ones too. That
 catches blocks shared wrongly, published before they were complete, released while a query
-still needed them, or evicted in use.
+still needed them, or evicted in use. Drafts, right ones and wrong ones, write KV like other
+tokens and must leave no trace: neither in the bookkeeping nor in what a request gets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from random import Random
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -27,7 +30,7 @@ from tael.cache import manager
 from tael.cache.block_pool import BlockPool
 from tael.cache.manager import CacheManager
 from tael.config import SchedulerConfig
-from tael.engine.scheduler import Schedule, Scheduler
+from tael.engine.scheduler import Schedule, ScheduledRequest, Scheduler
 from tael.models.spec import CacheGroup
 from tael.request import FinishReason, Request, RequestStatus, SamplingParams
 
@@ -55,8 +58,41 @@ class Prefixes:
         return numbers
 
 
+class RandomDrafter:
+    """Guesses that are right as long as luck has it."""
+
+    def __init__(self, next_token: Callable[[str, list[int]], int], random: Random) -> None:
+        self.next_token = next_token
+        self.random = random
+
+    def draft(
+        self,
+        requests: Sequence[Request],
+        limits: Sequence[int],
+        num_tokens: int,
+        max_num_drafts: int,
+    ) -> list[list[int]]:
+        assert max_num_drafts > 0 and 0 < len(requests) <= num_tokens
+        drafts = []
+        for request, limit in zip(requests, limits, strict=True):
+            token_ids = list(request.token_ids)
+            for _ in range(self.random.randint(0, min(limit, max_num_drafts))):
+                right = self.next_token(request.cache_salt, token_ids)
+                token_ids.append(right if self.random.random() < 0.8 else self.random.randint(0, 2))
+            drafts.append(token_ids[request.num_tokens :])
+            max_num_drafts -= len(drafts[-1])
+        return drafts
+
+    def observe(self, request: Request, num_draft_tokens: int, num_accepted_tokens: int) -> None:
+        assert 0 <= num_accepted_tokens <= num_draft_tokens > 0
+
+    def finish(self, request: Request) -> None:
+        assert request.is_finished
+
+
 class CacheMachine(RuleBasedStateMachine):
     @initialize(
+        seed=st.none() | st.integers(0, 1000),
         windows=windows,
         block_size=st.sampled_from([1, 2, 4]),
         max_num_seqs=st.integers(1, 4),
@@ -65,6 +101,7 @@ class CacheMachine(RuleBasedStateMachine):
     )
     def start(
         self,
+        seed: int | None,
         windows: tuple[int | None, ...],
         block_size: int,
         max_num_seqs: int,
@@ -85,7 +122,8 @@ class CacheMachine(RuleBasedStateMachine):
         )
         self.manager = CacheManager(self.groups, num_blocks, block_size, b"model")
         config = SchedulerConfig(max_num_seqs, self.chunk)
-        self.scheduler = Scheduler(config, self.manager, MAX_MODEL_LEN)
+        drafter = None if seed is None else RandomDrafter(self._next_token, Random(seed))
+        self.scheduler = Scheduler(config, self.manager, MAX_MODEL_LEN, drafter)
         self.store: list[list[list[int | None]]] = [
             [[None] * block_size for _ in range(n)] for n in num_blocks
         ]
@@ -94,9 +132,14 @@ class CacheMachine(RuleBasedStateMachine):
 
     # What callers do.
 
-    @rule(prompt=token_lists, max_tokens=limits, salt=st.sampled_from(["", "", "s"]))
-    def add(self, prompt: list[int], max_tokens: int | None, salt: str) -> None:
-        self._add([1, *prompt], max_tokens, salt)
+    @rule(
+        prompt=token_lists,
+        max_tokens=limits,
+        salt=st.sampled_from(["", "", "s"]),
+        speculation=st.sampled_from([True, True, False]),
+    )
+    def add(self, prompt: list[int], max_tokens: int | None, salt: str, speculation: bool) -> None:
+        self._add([1, *prompt], max_tokens, salt, speculation)
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data(), extra=token_lists, max_tokens=limits)
@@ -105,7 +148,7 @@ class CacheMachine(RuleBasedStateMachine):
         parent = data.draw(st.sampled_from(self.requests))
         cut = data.draw(st.integers(1, parent.num_tokens))
         prompt = (parent.token_ids[:cut] + extra)[: MAX_MODEL_LEN - 1]
-        self._add(prompt, max_tokens, parent.cache_salt)
+        self._add(prompt, max_tokens, parent.cache_salt, parent.speculation)
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
@@ -159,12 +202,29 @@ class CacheMachine(RuleBasedStateMachine):
                 first = group.first_block(request.num_computed_tokens, self.block_size)
                 held = [i for i, block in enumerate(table) if block >= 0]
                 assert held == list(range(first, len(table))), "not what the next query needs"
+                assert len(table) == -(-request.num_computed_tokens // self.block_size)
                 kv_bytes += len(held) * group.block_bytes
             assert self.manager.kv_bytes(request) == kv_bytes <= request.usage.kv_bytes
 
-    def _add(self, prompt: list[int], max_tokens: int | None, salt: str) -> None:
+    @invariant()
+    def outputs_are_those_without_drafts(self) -> None:
+        for request in self.requests:
+            end = request.num_prompt_tokens
+            prefixes = [request.token_ids[:i] for i in range(end, request.num_tokens + 1)]
+            for prefix, longer in pairwise(prefixes):
+                assert not self._ends(request, prefix), "tokens after the end"
+                assert longer[-1] == self._next_token(request.cache_salt, prefix)
+            if request.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
+                assert self._ends(request, request.token_ids)
+            assert request.usage.num_output_tokens == request.num_output_tokens
+
+    def _add(self, prompt: list[int], max_tokens: int | None, salt: str, speculation: bool) -> None:
         request = Request(
-            str(len(self.requests)), prompt, SamplingParams(max_tokens=max_tokens), cache_salt=salt
+            str(len(self.requests)),
+            prompt,
+            SamplingParams(max_tokens=max_tokens),
+            cache_salt=salt,
+            speculation=speculation,
         )
         self.requests.append(request)
         self.scheduler.add(request)
@@ -182,6 +242,13 @@ class CacheMachine(RuleBasedStateMachine):
         assert sum(entry.num_scheduled_tokens for entry in schedule.scheduled) <= budget
         assert all(entry.num_scheduled_tokens >= 1 for entry in schedule.scheduled)
         assert all(entry.samples for entry in schedule.scheduled[:-1]), "a decode was starved"
+        num_logits = sum(entry.num_logits for entry in schedule.scheduled)
+        assert num_logits <= full_config.max_num_logits
+        for entry in schedule.scheduled:
+            if num_drafts := len(entry.draft_token_ids):
+                assert entry.samples and entry.request.speculation
+                limit = self.scheduler.length_limit(entry.request)
+                assert entry.request.num_tokens + num_drafts < limit, "no output can be there"
         for entry in schedule.scheduled:
             end = entry.request.num_computed_tokens + entry.num_scheduled_tokens
             for group, table in zip(
@@ -199,39 +266,56 @@ class CacheMachine(RuleBasedStateMachine):
         """Compute, sample and finish, as an engine would."""
         live = [entry for entry in schedule.scheduled if not entry.request.is_finished]
         for entry in live:
-            self._check_visible(entry.request, 0)
+            self._check_visible(entry, 0)
         for entry in live:
-            self._write(entry.request, entry.num_scheduled_tokens)
+            self._write(entry)
         for entry in live:
-            self._check_visible(entry.request, entry.num_scheduled_tokens)
-        sampled = {
-            entry.request.request_id: self._model(entry.request) for entry in live if entry.samples
-        }
+            self._check_visible(entry, entry.num_scheduled_tokens)
+        sampled = {entry.request.request_id: self._sample(entry) for entry in live if entry.samples}
         self.scheduler.update(schedule, sampled)
         for request in (entry.request for entry in live):
-            if request.token_ids[-1] == EOS:
-                self.scheduler.finish(request, FinishReason.STOP)
-            elif request.num_tokens == self.scheduler.length_limit(request):
-                self.scheduler.finish(request, FinishReason.LENGTH)
+            if self._ends(request, request.token_ids):
+                stopped = request.token_ids[-1] == EOS
+                reason = FinishReason.STOP if stopped else FinishReason.LENGTH
+                self.scheduler.finish(request, reason)
         self._check_published()
 
-    def _model(self, request: Request) -> int:
-        """The next token is a function of the prefix, and rarely the end."""
-        number = self.prefixes.numbers(request.cache_salt, request.token_ids)[-1]
+    def _next_token(self, salt: str, token_ids: list[int]) -> int:
+        """The model: a function of the prefix, and rarely the end."""
+        number = self.prefixes.numbers(salt, token_ids)[-1]
         return EOS if number % 23 == 0 else ALPHABET[number % len(ALPHABET)]
 
-    def _write(self, request: Request, num_new_tokens: int) -> None:
-        numbers = self.prefixes.numbers(request.cache_salt, request.token_ids)
+    def _ends(self, request: Request, token_ids: list[int]) -> bool:
+        """Whether the last of these tokens of a request ends it."""
+        stopped = len(token_ids) > request.num_prompt_tokens and token_ids[-1] == EOS
+        return stopped or len(token_ids) == self.scheduler.length_limit(request)
+
+    def _sample(self, entry: ScheduledRequest) -> list[int]:
+        """The drafted tokens that the model would choose and one more, up to the end."""
+        request = entry.request
+        token_ids = list(request.token_ids)
+        for drafted in (*entry.draft_token_ids, None):
+            token_ids.append(self._next_token(request.cache_salt, token_ids))
+            if token_ids[-1] != drafted or self._ends(request, token_ids):
+                break
+        return token_ids[request.num_tokens :]
+
+    def _numbers(self, entry: ScheduledRequest) -> list[int]:
+        token_ids = [*entry.request.token_ids, *entry.draft_token_ids]
+        return self.prefixes.numbers(entry.request.cache_salt, token_ids)
+
+    def _write(self, entry: ScheduledRequest) -> None:
+        request, numbers = entry.request, self._numbers(entry)
         start = request.num_computed_tokens
         for pool, table in zip(self.store, self.manager.block_tables(request), strict=True):
-            for position in range(start, start + num_new_tokens):
+            for position in range(start, start + entry.num_scheduled_tokens):
                 block = table[position // self.block_size]
                 pool[block][position % self.block_size] = numbers[position]
 
-    def _check_visible(self, request: Request, num_written: int) -> None:
+    def _check_visible(self, entry: ScheduledRequest, num_written: int) -> None:
         """What the queries from ``num_computed_tokens`` on see of the positions before
         ``num_computed_tokens + num_written`` is the KV of the request's own prefix."""
-        numbers = self.prefixes.numbers(request.cache_salt, request.token_ids)
+        request, numbers = entry.request, self._numbers(entry)
         start = request.num_computed_tokens
         for group, pool, table in zip(
             self.groups, self.store, self.manager.block_tables(request), strict=True
@@ -263,6 +347,29 @@ SETTINGS = settings(
 )
 TestCacheMachine = CacheMachine.TestCase
 TestCacheMachine.settings = SETTINGS
+
+
+@settings(max_examples=100, derandomize=True, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    windows=windows,
+    block_size=st.sampled_from([1, 2, 4]),
+    extra_blocks=st.integers(0, 4),
+)
+def test_crowds_that_draft(
+    seed: int, windows: tuple[int | None, ...], block_size: int, extra_blocks: int
+) -> None:
+    """Requests that all answer at length, in pools that hold little more than one of them."""
+    machine = CacheMachine()
+    machine.start(seed, windows, block_size, 4, extra_chunk=12, extra_blocks=extra_blocks)
+    random = Random(seed)
+    for _ in range(8):
+        machine.add(random.choices(ALPHABET, k=random.randint(0, 8)), None, "", True)
+    while machine.scheduler.has_unfinished():
+        machine._update(machine._schedule(machine.chunk))
+        machine.bookkeeping_is_sound()
+    machine.outputs_are_those_without_drafts()
+    machine.teardown()
 
 
 # The machine must be able to fail: each of these is a mistake that real engines have made.
@@ -307,9 +414,47 @@ def hash_without_parent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manager, "block_hash", broken)
 
 
+def count_rejected_drafts_as_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    extend = Scheduler._extend
+
+    def broken(self: Scheduler, entry: ScheduledRequest, token_ids: Sequence[int]) -> None:
+        extend(self, entry, token_ids)
+        entry.request.num_computed_tokens += len(entry.draft_token_ids) - len(token_ids) + 1
+
+    monkeypatch.setattr(Scheduler, "_extend", broken)
+
+
+def trim_before_drafts_are_verified(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocate, trim = CacheManager.allocate, CacheManager.trim
+
+    def broken(self: CacheManager, request: Request, num_new_tokens: int) -> bool:
+        allocated = allocate(self, request, num_new_tokens)
+        if allocated and request.num_computed_tokens + num_new_tokens > request.num_tokens:
+            request.num_computed_tokens += num_new_tokens
+            trim(self, request)
+            request.num_computed_tokens -= num_new_tokens
+        return allocated
+
+    monkeypatch.setattr(CacheManager, "allocate", broken)
+
+
+def keep_blocks_of_rejected_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    trim = CacheManager.trim
+
+    def broken(self: CacheManager, request: Request) -> None:
+        num_blocks = len(self.block_tables(request)[0])
+        trim(self, request)
+        self.allocate(request, num_blocks * self.block_size - request.num_computed_tokens)
+
+    monkeypatch.setattr(CacheManager, "trim", broken)
+
+
 @pytest.mark.parametrize(
     "plant",
     [
+        count_rejected_drafts_as_computed,
+        trim_before_drafts_are_verified,
+        keep_blocks_of_rejected_drafts,
         publish_when_allocated,
         release_one_position_early,
         forget_to_touch,

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import report
+
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -50,3 +52,10 @@ def test_activation_rounding_table() -> None:
 def test_links(path: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", path.read_text()):
         assert (path.parent / target).exists(), target
+
+
+def test_performance_tables() -> None:
+    expected = report.tables()
+    placed = report.placed_tables()
+    assert expected.keys() <= placed.keys()
+    assert placed == dict.fromkeys(placed, "") | expected

@@ -15,7 +15,7 @@ LAYERS = [
     ("cli",),
     ("llm", "async_llm", "evals"),
     ("engine",),
-    ("cache", "memory"),
+    ("speculative", "cache", "memory"),
     ("backends", "models", "quant", "loader"),
     ("config", "request"),
     ("errors", "_native"),

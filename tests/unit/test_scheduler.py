@@ -34,7 +34,7 @@ def add(
 
 def step(scheduler: Scheduler) -> Schedule:
     schedule = scheduler.schedule()
-    sampled = {entry.request.request_id: 1 for entry in schedule.scheduled if entry.samples}
+    sampled = {entry.request.request_id: [1] for entry in schedule.scheduled if entry.samples}
     scheduler.update(schedule, sampled)
     return schedule
 
@@ -128,7 +128,7 @@ def test_abort_at_every_stage() -> None:
     schedule = scheduler.schedule()
     assert scheduler.abort("a") is running, "while its step computes"
     assert scheduler.abort("b") is waiting
-    scheduler.update(schedule, {"a": 1})
+    scheduler.update(schedule, {"a": [1]})
     assert running.num_output_tokens == 0
     assert running.is_finished and waiting.finish_reason is FinishReason.ABORT
     assert not scheduler.has_unfinished()

@@ -21,7 +21,7 @@ template <class Fn, int... i> inline __attribute__((always_inline)) void unrolle
 }
 
 // Groups of 32 columns in a panel: two tiles of it and the activations of a pack fit the L1 cache.
-constexpr int kPanelGroups = 16;
+constexpr int kPanelGroups = 32;
 
 // Bytes ahead of a weight that is used, from which its tile is fetched. The hardware prefetcher
 // stops at the ends of 4 KiB pages.

@@ -53,7 +53,7 @@ class CPUBackend:
         self._native.allocate(
             max_tokens=scheduler.max_num_batched_tokens,
             max_seqs=scheduler.max_num_seqs,
-            max_logits=scheduler.max_num_seqs,
+            max_logits=scheduler.max_num_logits,
             max_model_len=max_model_len,
         )
         return self._native.workspace_bytes

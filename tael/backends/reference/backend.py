@@ -45,7 +45,7 @@ class ReferenceBackend:
         return sum(parameter.nbytes for parameter in self.parameters.values())
 
     def reserve(self, scheduler: SchedulerConfig, max_model_len: int) -> int:
-        return scheduler.max_num_seqs * self.spec.vocab_size * 4  # the logits
+        return scheduler.max_num_logits * self.spec.vocab_size * 4  # the logits
 
     def bind_kv(self, pools: list[NDArray[np.uint8]]) -> None:
         self.kv_cache = KVCache(self.spec, [len(pool) for pool in pools])

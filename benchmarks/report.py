@@ -1,0 +1,156 @@
+"""Tables and plots of ``docs/performance.md`` from the result files.
+
+python -m benchmarks.report      writes both, into the places that the document keeps for them
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cases import GRID, GROUPS
+from tael.evals.limits import Limits
+from tael.evals.plot import Line, plot
+from tael.evals.speed import TokenCost
+
+RESULTS = Path(__file__).with_name("results")
+DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
+MODELS = ("smollm2-135m", "gemma3-270m", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b")
+PLOTTED = "qwen2.5-coder-0.5b"
+
+
+def tables(results: Path = RESULTS) -> dict[str, str]:
+    """Name of a place in the document -> the Markdown that belongs there."""
+    reports = speed_reports(results)
+    texts = {"ratios": ratio_table(reports)}
+    texts |= {model: model_table(report) for model, report in reports.items()}
+    kernels = results / "kernels.json"
+    if kernels.exists():
+        texts["kernels"] = kernel_table(json.loads(kernels.read_text()))
+    return texts
+
+
+def speed_reports(results: Path) -> dict[str, Any]:
+    """The result files of ``benchmarks.compare``, in the order of the models."""
+    files = {model: results / f"speed-{model}.json" for model in MODELS}
+    return {model: json.loads(file.read_text()) for model, file in files.items() if file.exists()}
+
+
+def ratio_table(reports: dict[str, Any]) -> str:
+    """Tael's speed over llama.cpp's, case by case."""
+    lines = [_row("case", *reports), _row(*["---"] * (1 + len(reports)))]
+    for case in GRID:
+        cells = [report["cases"].get(case, {}).get("ratio", {}) for report in reports.values()]
+        lines.append(_row(case, *(_number(cell.get("llama.cpp"), 2) for cell in cells)))
+    return "\n".join(lines)
+
+
+def model_table(report: dict[str, Any]) -> str:
+    """Tokens per second of every engine at every case, the machine's limit, and Tael's share."""
+    cases = report["cases"]
+    names = list(dict.fromkeys(name for case in cases.values() for name in case["engines"]))
+    names.sort(key=lambda name: name != "tael")
+    head = ["case", *(name.replace("tael", "Tael") for name in names), "limit", "Tael's share"]
+    lines = [_row(*head), _row(*["---"] * len(head))]
+    for name in dict.fromkeys((*GRID, *GROUPS["depths"], *GROUPS["batches"])):
+        if name in cases:
+            case = cases[name]
+            speeds = [case["engines"].get(engine, {}).get("tokens_per_s") for engine in names]
+            limit = workload_limit(case)
+            share = case.get("share_of_read_bandwidth", speeds[0] / limit)
+            cells = (*(_number(speed, 1) for speed in speeds), f"{limit:.0f}", f"{share:.0%}")
+            lines.append(_row(name, *cells))
+    return "\n".join(lines)
+
+
+def kernel_table(report: dict[str, Any]) -> str:
+    """The lowest and highest ratio over the shapes, by weight type and tokens."""
+    ratios: dict[str, dict[int, list[float]]] = {}
+    for cell in report["cells"]:
+        by_tokens = ratios.setdefault(cell["type"], {})
+        by_tokens.setdefault(cell["num_tokens"], []).append(cell["ratio"])
+    columns = sorted({tokens for by_tokens in ratios.values() for tokens in by_tokens})
+    lines = [_row("weights", *columns), _row(*["---"] * (1 + len(columns)))]
+    for name, by_tokens in ratios.items():
+        spans = (by_tokens.get(tokens, []) for tokens in columns)
+        lines.append(_row(name, *(f"{min(s):.2f}-{max(s):.2f}" if s else "" for s in spans)))
+    return "\n".join(lines)
+
+
+def decode_limit(case: dict[str, Any]) -> float:
+    """Tokens per second that decoding with these weights cannot exceed."""
+    limits = Limits(**case["limits"])
+    return TokenCost(**case["cost"]).decode_limit(limits, case["workload"]["batch_size"])
+
+
+def workload_limit(case: dict[str, Any]) -> float:
+    """Tokens per second that the whole workload cannot exceed, its prompts computed at the rate of
+    int8 dot products and its other tokens decoded at their limit."""
+    workload, rate = case["workload"], case["limits"]["int8_ops_per_s"]
+    num_prompt, num_decode = workload["num_prompt_tokens"], workload["num_decode_tokens"]
+    batch_size = workload["batch_size"]
+    prompt_s = batch_size * num_prompt * case["cost"]["layer_ops"] / rate if rate else 0.0
+    least_s = prompt_s + batch_size * num_decode / decode_limit(case)
+    return float(batch_size * (num_prompt + num_decode) / least_s)
+
+
+def plots(results: Path = RESULTS) -> dict[str, tuple[dict[str, Line], dict[str, Line]]]:
+    """Group of cases -> (lines of the engines, the machine's limit)."""
+    file = results / f"speed-{PLOTTED}.json"
+    cases = json.loads(file.read_text())["cases"] if file.exists() else {}
+    drawn: dict[str, tuple[dict[str, Line], dict[str, Line]]] = {}
+    for group, x in (("depths", "depth"), ("batches", "batch_size")):
+        points = [cases[name] for name in GROUPS[group] if name in cases]
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for case in points:
+            for engine, result in case["engines"].items():
+                point = (case["workload"][x], result["decode_tokens_per_s"])
+                lines.setdefault("Tael" if engine == "tael" else engine, []).append(point)
+        limit = [(case["workload"][x], decode_limit(case)) for case in points]
+        if points:
+            drawn[group] = (dict(lines), {"limit of the machine": limit})
+    return drawn
+
+
+def main() -> None:
+    text = DOCUMENT.read_text()
+    for place, table in tables().items():
+        begin, end = _marks(place)
+        before, after = text.split(begin)
+        text = before + begin + table + end + after.split(end, 1)[1]
+    DOCUMENT.write_text(text)
+    labels = {"depths": "tokens in the cache", "batches": "sequences at once"}
+    for group, (lines, limits) in plots().items():
+        plot(
+            DOCUMENT.with_name(f"performance-{group}.png"),
+            lines,
+            limits,
+            title=f"{PLOTTED}: decode",
+            x_label=labels[group],
+            log_x=group == "batches",
+        )
+
+
+def placed_tables() -> dict[str, str]:
+    """What the document has in its places."""
+    text = DOCUMENT.read_text()
+    places = re.findall(r"<!-- table (\S+) -->", text)
+    return {place: text.split(_marks(place)[0])[1].split(_marks(place)[1])[0] for place in places}
+
+
+def _marks(place: str) -> tuple[str, str]:
+    return f"<!-- table {place} -->\n", "\n<!-- end -->"
+
+
+def _row(*cells: object) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+if __name__ == "__main__":
+    main()

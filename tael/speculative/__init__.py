@@ -1,0 +1,1 @@
+"""Drafts: guesses of the next tokens from text that is already there, for one pass to verify."""
