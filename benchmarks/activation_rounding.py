@@ -104,8 +104,10 @@ def main() -> None:
                         query_start=np.array([0, kld.CONTEXT], np.int32),
                         block_tables=(np.arange(num_blocks, dtype=np.int32)[None],) * num_groups,
                         logits_indices=np.arange(kld.CONTEXT, dtype=np.int32),
+                        temperatures=np.ones(kld.CONTEXT, np.float32),
+                        full_logits=np.ones(kld.CONTEXT, np.bool_),
                     )
-                )
+                ).logits
             )
         return np.stack(rows)
 

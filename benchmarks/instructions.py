@@ -125,6 +125,8 @@ def model_steps() -> Iterator[Call]:
             query_start=np.array([0, num_tokens], np.int32),
             block_tables=(np.arange(num_blocks, dtype=np.int32)[None],),
             logits_indices=np.array([num_tokens - 1], np.int32),
+            temperatures=np.ones(1, np.float32),
+            full_logits=np.zeros(1, np.bool_),
         )
         yield partial(backend.forward, batch)
 

@@ -72,8 +72,10 @@ def tael_logits(path: Path, tokens: np.ndarray) -> np.ndarray:
                     query_start=np.array([0, step], np.int32),
                     block_tables=(table,) * len(groups),
                     logits_indices=np.arange(step, dtype=np.int32),
+                    temperatures=np.ones(step, np.float32),
+                    full_logits=np.ones(step, np.bool_),
                 )
-            )
+            ).logits
     return logits
 
 

@@ -96,6 +96,8 @@ def step_times(engine: Engine, runs: int, depth: int = 1000) -> dict[int, float]
                 query_start=np.array([0, num_tokens], np.int32),
                 block_tables=(blocks,) * len(engine.manager.groups),
                 logits_indices=np.arange(num_tokens, dtype=np.int32),
+                temperatures=np.ones(num_tokens, np.float32),
+                full_logits=np.zeros(num_tokens, np.bool_),
             )
             start = time.perf_counter()
             engine.backend.forward(batch)

@@ -27,6 +27,7 @@ using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::c
 using Floats2D = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Ints = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Ints2D = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Bools = nb::ndarray<const bool, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using FloatArray2D = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
 
 Format format_named(const std::string& name) {
@@ -163,30 +164,47 @@ struct ModelHandle {
   }
 };
 
-FloatArray2D forward(nb::handle_t<ModelHandle> self, Ints token_ids, Ints positions, Ints query_start,
-                     const std::vector<Ints2D>& block_tables, Ints logits_indices) {
+// A view of what belongs to the model: [rows, columns] or [rows].
+template <class T> auto view(nb::handle self, const Buffer<T>& buffer, int64_t rows, int64_t columns, int64_t stride) {
+  const size_t shape[2] = {size_t(rows), size_t(columns)};
+  const int64_t strides[2] = {stride, 1};
+  return nb::ndarray<nb::numpy, T, nb::ndim<2>>(buffer.data(), 2, shape, self, strides);
+}
+template <class T> auto view(nb::handle self, const Buffer<T>& buffer, int64_t rows) {
+  return nb::ndarray<nb::numpy, T, nb::ndim<1>>(buffer.data(), {size_t(rows)}, self);
+}
+
+nb::tuple forward(nb::handle_t<ModelHandle> self, Ints token_ids, Ints positions, Ints query_start,
+                  const std::vector<Ints2D>& block_tables, Ints logits_indices, Floats temperatures,
+                  Bools full_logits) {
   Model& model = nb::cast<ModelHandle&>(self).model;
   Batch batch{};
   batch.num_tokens = int64_t(token_ids.size());
   batch.num_seqs = int64_t(query_start.size()) - 1;
   batch.num_logits = int64_t(logits_indices.size());
   if (positions.size() != token_ids.size()) throw std::invalid_argument("one position a token");
+  if (temperatures.size() != logits_indices.size() || full_logits.size() != logits_indices.size())
+    throw std::invalid_argument("one temperature and one choice a row of logits");
   batch.token_ids = token_ids.data();
   batch.positions = positions.data();
   batch.query_start = query_start.data();
   batch.logits_indices = logits_indices.data();
+  batch.temperatures = temperatures.data();
+  batch.full_logits = full_logits.data();
   for (const Ints2D& table : block_tables) {
     if (int64_t(table.shape(0)) != batch.num_seqs) throw std::invalid_argument("one block table row a sequence");
     batch.block_tables.push_back({table.data(), int64_t(table.shape(1))});
   }
-  const float* logits;
+  const HeadOutput* out;
   {
     nb::gil_scoped_release release;
-    logits = model.forward(std::move(batch));
+    out = &model.forward(std::move(batch));
   }
-  const size_t shape[2] = {logits_indices.size(), size_t(model.config().vocab_size)};
-  const int64_t strides[2] = {model.logits_stride(), 1};
-  return FloatArray2D(const_cast<float*>(logits), 2, shape, self, strides);
+  const int64_t rows = int64_t(logits_indices.size()), k = model.lm_head().num_candidates();
+  return nb::make_tuple(
+      view(self, out->top_token_ids, rows, k, k), view(self, out->top_logits, rows, k, k),
+      view(self, out->sum_exp, rows), view(self, out->sum_exp_at_temperature, rows),
+      view(self, out->logits, rows, model.config().vocab_size, model.lm_head().logits_stride()));
 }
 
 }  // namespace
@@ -245,10 +263,15 @@ NB_MODULE(_native, m) {
       }, "embedding"_a, "lm_head"_a, "norm"_a)
       .def("add_layer", &ModelHandle::add_layer, "attention"_a, "ffn"_a, "norms"_a)
       .def("allocate", [](ModelHandle& self, int64_t max_tokens, int64_t max_seqs, int64_t max_logits,
-                          int64_t max_model_len) {
-        self.model.allocate({max_tokens, max_seqs, max_logits, max_model_len});
-      }, "max_tokens"_a, "max_seqs"_a, "max_logits"_a, "max_model_len"_a)
+                          int64_t max_model_len, int64_t num_candidates) {
+        self.model.allocate({max_tokens, max_seqs, max_logits, max_model_len, num_candidates});
+      }, "max_tokens"_a, "max_seqs"_a, "max_logits"_a, "max_model_len"_a, "num_candidates"_a)
       .def("bind_kv", &ModelHandle::bind_kv, "cache_group"_a, "pool"_a.noconvert())
       .def_prop_ro("workspace_bytes", [](const ModelHandle& self) { return self.model.workspace_bytes(); })
-      .def("forward", &forward, "token_ids"_a, "positions"_a, "query_start"_a, "block_tables"_a, "logits_indices"_a);
+      .def("forward", &forward, "token_ids"_a, "positions"_a, "query_start"_a, "block_tables"_a, "logits_indices"_a,
+           "temperatures"_a, "full_logits"_a)
+      .def("draw", [](const ModelHandle& self, int64_t row, double uniform) {
+        const Candidate drawn = self.model.draw(row, uniform);
+        return nb::make_tuple(drawn.token_id, drawn.logit);
+      }, "row"_a, "uniform"_a);
 }

@@ -55,7 +55,12 @@ class Model:
         self, attention: Mapping[str, Any], ffn: Mapping[str, Any], norms: Mapping[str, Any]
     ) -> None: ...
     def allocate(
-        self, max_tokens: int, max_seqs: int, max_logits: int, max_model_len: int
+        self,
+        max_tokens: int,
+        max_seqs: int,
+        max_logits: int,
+        max_model_len: int,
+        num_candidates: int,
     ) -> None: ...
     def bind_kv(self, cache_group: int, pool: NDArray[np.uint8]) -> None: ...
     @property
@@ -67,5 +72,15 @@ class Model:
         query_start: NDArray[np.int32],
         block_tables: Sequence[NDArray[np.int32]],
         logits_indices: NDArray[np.int32],
-    ) -> NDArray[np.float32]:
-        """[num_logits, vocab_size], valid until the next call. The lock is released meanwhile."""
+        temperatures: NDArray[np.float32],
+        full_logits: NDArray[np.bool_],
+    ) -> tuple[
+        NDArray[np.int32],
+        NDArray[np.float32],
+        NDArray[np.float64],
+        NDArray[np.float64],
+        NDArray[np.float32],
+    ]:
+        """The arrays of ``HeadOutput``. The lock is released meanwhile."""
+    def draw(self, row: int, uniform: float) -> tuple[int, float]:
+        """That of ``HeadOutput``."""

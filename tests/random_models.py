@@ -202,8 +202,10 @@ def compute(
                 query_start=query_start,
                 block_tables=tuple(table[list(step)] for table in tables),
                 logits_indices=np.arange(query_start[-1], dtype=np.int32),
+                temperatures=np.ones(query_start[-1], np.float32),
+                full_logits=np.ones(query_start[-1], np.bool_),
             )
-        )
+        ).logits
         for i, (s, n) in enumerate(step.items()):
             outputs[s].append(logits[query_start[i] : query_start[i + 1]].copy())
             done[s] += n

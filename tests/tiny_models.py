@@ -143,8 +143,10 @@ def run(
                 query_start=query_start,
                 block_tables=tuple(np.stack(rows) for rows in zip(*tables, strict=True)),
                 logits_indices=np.arange(len(positions), dtype=np.int32)[::-1],
+                temperatures=np.ones(len(positions), np.float32),
+                full_logits=np.ones(len(positions), np.bool_),
             )
-        )[::-1]
+        ).logits[::-1]
         for s, output in enumerate(outputs):
             output.append(logits[query_start[s] : query_start[s + 1]].copy())
         starts = [a + n for a, n in zip(starts, sizes, strict=True)]

@@ -3,6 +3,7 @@
 
 #include "kernels/activation/activation.hpp"
 #include "kernels/attention/attention.hpp"
+#include "kernels/logits/logits.hpp"
 #include "kernels/matmul/matmul.hpp"
 #include "kernels/quantize/quantize.hpp"
 #include "kernels/rms_norm/rms_norm.hpp"
@@ -27,6 +28,10 @@ template <class S> Kernels make_kernels() {
   k.add_normed = add_normed<S>;
   k.rope = rope<S>;
   k.gated_activation = gated_activation<S>;
+  k.largest = largest<S>;
+  k.sum_exp = sum_exp<S>;
+  k.rescale_sums = rescale_sums<S>;
+  k.select_at_least = select_at_least<S>;
   k.matmul_float[int(Format::F32)] = float_matmul<S, F32Columns<S>>;
   k.matmul_float[int(Format::F16)] = float_matmul<S, F16Columns<S>>;
   k.matmul_float[int(Format::BF16)] = float_matmul<S, BF16Columns<S>>;

@@ -114,6 +114,12 @@ constexpr int64_t attention_state_floats(int head_dim) { return head_dim + 16; }
 
 enum class Activation : int { SiLU, GeluTanh };
 
+// A token that may be among the most likely.
+struct Candidate {
+  float logit;
+  int32_t token_id;
+};
+
 struct Kernels {
   const char* name;
   // Columns 32 * first_group onward of one token, from x[0].
@@ -138,6 +144,13 @@ struct Kernels {
   void (*attention_merge)(float* total, const float* next, int num_rows, int head_dim);
   // out[head_dim] = values / sum, of one row.
   void (*attention_finish)(const float* state, int head_dim, float* out);
+  // Of logits, in vectors of 16: the largest; the sum of exp(factor * (x - maximum)), maximum finite;
+  // sums *= exp(factor * (maxima - maximum)). A NaN in x makes the sum NaN.
+  float (*largest)(const float* x, int64_t count);
+  float (*sum_exp)(const float* x, int64_t count, float maximum, float factor);
+  void (*rescale_sums)(float* sums, const float* maxima, int64_t count, float maximum, float factor);
+  // Appends the logits that are at least `limit` to out; x[0] is that of first_id. Returns their number.
+  int64_t (*select_at_least)(const float* x, int64_t count, float limit, int32_t first_id, Candidate* out);
   // out = x * factor
   void (*to_bf16)(const float* x, float factor, int64_t columns, uint16_t* out);
 };

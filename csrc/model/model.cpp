@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <stdexcept>
 
 #include "kernels/dispatch.hpp"
@@ -20,7 +19,7 @@ int Model::add_rope(std::vector<float> inv_freq, float attention_factor) {
 
 void Model::set_ends(const Matrix& embedding, const Matrix& lm_head, Vector norm) {
   embedding_ = embedding;
-  lm_head_ = lm_head;
+  lm_head_ = LMHead(lm_head);
   norm_ = std::move(norm);
 }
 
@@ -32,32 +31,25 @@ void Model::add_layer(AttentionConfig attention, AttentionWeights weights, Dense
   layers_.push_back({AttentionLayer(attention, std::move(weights)), std::move(ffn), std::move(norms)});
 }
 
-Model::Stream::Stream(int64_t max_tokens, int64_t max_logits, const Model& model)
-    : hidden(max_tokens, model.config_.hidden_size),
-      normed(max_tokens, model.config_.hidden_size),
-      head_input(max_logits, model.config_.hidden_size) {
+Model::Stream::Stream(int64_t max_tokens, const Model& model)
+    : hidden(max_tokens, model.config_.hidden_size), normed(max_tokens, model.config_.hidden_size) {
   int64_t columns = model.config_.hidden_size;  // attention's output passes through here as well
   for (const AttentionShape& shape : model.shapes_)
     columns = std::max(columns, int64_t(shape.num_heads) * shape.head_dim);
   quantized = QuantizedBuffer(max_tokens, columns);
-  head_quantized = QuantizedBuffer(max_logits * model.terms_per_logit(), model.config_.hidden_size);
 }
 
 int64_t Model::Stream::bytes() const {
-  return hidden.bytes() + normed.bytes() + head_input.bytes() + quantized.bytes() + head_quantized.bytes();
+  return hidden.bytes() + normed.bytes() + quantized.bytes();
 }
 
 Model::Workspace::Workspace(const Limits& limits, int num_threads, const Model& model)
     : update(limits.max_tokens, model.config_.hidden_size),
-      logits(limits.max_logits * model.logits_stride()),
       attention(limits, num_threads, model.plans_),
       dense(model.dense_workspace(limits)),
-      shared(limits.max_tokens, limits.max_logits, model),
+      shared(limits.max_tokens, model),
       token_seq(limits.max_tokens) {
-  for (int t = 0; t < num_threads; ++t) {
-    replicas.emplace_back(kReplicatedTokens, kReplicatedTokens, model);
-    heads.emplace_back(limits.max_logits * model.terms_per_logit() * kTileRows * tiles_at_a_time(model.lm_head_));
-  }
+  for (int t = 0; t < num_threads; ++t) replicas.emplace_back(kReplicatedTokens, model);
 }
 
 DenseWorkspace Model::dense_workspace(const Limits& limits) const {
@@ -79,13 +71,13 @@ void Model::allocate(const Limits& limits) {
     rope.sin = Buffer<float>(limits.max_tokens * rope.num_pairs());
   }
   ws_ = std::make_unique<Workspace>(limits, pool_.num_threads(), *this);
+  lm_head_.allocate(limits, pool_.num_threads());
 }
 
 int64_t Model::workspace_bytes() const {
-  int64_t bytes = ws_->update.bytes() + ws_->logits.bytes() + ws_->attention.bytes() + ws_->dense.bytes() +
-                  ws_->shared.bytes();
+  int64_t bytes = ws_->update.bytes() + ws_->attention.bytes() + ws_->dense.bytes() + ws_->shared.bytes() +
+                  lm_head_.bytes();
   for (const Stream& replica : ws_->replicas) bytes += replica.bytes();
-  for (const Buffer<float>& head : ws_->heads) bytes += head.bytes();
   for (const AttentionPlan& plan : plans_) bytes += plan.bytes();
   for (const RopeTable& rope : ropes_) bytes += rope.cos.bytes() + rope.sin.bytes();
   return bytes;
@@ -104,12 +96,14 @@ void Model::check(const Batch& batch) const {
   require(ws_ != nullptr, "model has no workspace");
   require(batch.num_tokens >= 1 && batch.num_tokens <= limits_.max_tokens, "too many tokens in a step");
   require(batch.num_seqs >= 1 && batch.num_seqs <= limits_.max_seqs, "too many sequences in a step");
-  require(batch.num_logits <= limits_.max_logits, "too many logits in a step");
+  require(batch.num_logits <= std::min(limits_.max_logits, batch.num_tokens), "too many logits in a step");
   require(int(batch.block_tables.size()) == num_cache_groups(), "wrong number of block tables");
   require(batch.query_start[0] == 0 && batch.query_start[batch.num_seqs] == batch.num_tokens,
           "query_start does not cover the tokens");
-  for (int64_t i = 0; i < batch.num_logits; ++i)
+  for (int64_t i = 0; i < batch.num_logits; ++i) {
     require(batch.logits_indices[i] >= 0 && batch.logits_indices[i] < batch.num_tokens, "logits index");
+    require(batch.temperatures[i] > 0.0f, "temperature is not above 0");
+  }
   for (int64_t t = 0; t < batch.num_tokens; ++t)
     require(batch.token_ids[t] >= 0 && batch.token_ids[t] < config_.vocab_size, "token id beyond vocabulary");
   for (int64_t s = 0; s < batch.num_seqs; ++s) {
@@ -136,14 +130,14 @@ void Model::check(const Batch& batch) const {
   }
 }
 
-const float* Model::forward(Batch batch) {
+const HeadOutput& Model::forward(Batch batch) {
   check(batch);
   for (int64_t s = 0; s < batch.num_seqs; ++s)
     for (int32_t t = batch.query_start[s]; t < batch.query_start[s + 1]; ++t) ws_->token_seq[t] = int32_t(s);
   batch.token_seq = ws_->token_seq.data();
   for (AttentionPlan& plan : plans_) plan.prepare(batch);
   pool_.run([&](int thread) { step({batch, kernels_, pool_, thread}); });
-  return ws_->logits.data();
+  return lm_head_.output();
 }
 
 // Every thread runs this; the stages inside share the work. A decode step meets at five barriers a
@@ -169,7 +163,7 @@ void Model::step(const Step& s) {
     layer.ffn.forward(s, input(s, stream(s).normed.floats(num_tokens)), ws_->dense, update, stride);
     add_and_norm(s, none, layer.norms.ffn_post, i + 1 < layers_.size() ? layers_[i + 1].norms.mixer : norm_);
   }
-  if (s.batch.num_logits > 0) project_logits(s);
+  if (s.batch.num_logits > 0) lm_head_.forward(s, stream(s).normed);
 }
 
 const Model::Stream& Model::stream(const Step& s) const {
@@ -219,37 +213,6 @@ void Model::add_and_norm(const Step& s, const Vector& bias, const Vector& post_n
       kernels_.add(hidden, update, stream.hidden.columns());
     if (bias) kernels_.add(hidden, bias.data(), stream.hidden.columns());
     norm_token(s, norm, t);
-  });
-}
-
-// The last rows go through the head in two int8 terms, the second being what the first left over:
-// rounding there costs a quarter of the whole model's divergence (benchmarks/kld.py), and a
-// second row per sequence costs little where the head's bytes are the limit.
-void Model::project_logits(const Step& s) {
-  const Stream& stream = this->stream(s);
-  const int64_t num_logits = s.batch.num_logits, terms = terms_per_logit(), stride = logits_stride();
-  const LinearInput x = {stream.head_input.floats(num_logits),
-                         stream.head_quantized.rows(num_logits * terms, config_.hidden_size)};
-  s.for_tokens(num_logits, [&](int64_t i) {
-    float* row = stream.head_input.row(i);
-    memcpy(row, stream.normed.row(s.batch.logits_indices[i]), stream.head_input.columns() * sizeof(float));
-    if (terms == 1) return;
-    kernels_.quantize(row, 0, x.quantized.num_groups, x.quantized, 2 * i);
-    x.quantized.subtract_from(row, 2 * i);
-    kernels_.quantize(row, 0, x.quantized.num_groups, x.quantized, 2 * i + 1);
-  });
-  const int64_t tiles = num_tiles(lm_head_.rows), chunk = tiles_at_a_time(lm_head_), width = chunk * kTileRows;
-  float* scratch = ws_->heads[s.thread].data();
-  s.pool.parallel_for(s.thread, (tiles + chunk - 1) / chunk, [&](int64_t item) {
-    const int64_t first = item * chunk, last = std::min(first + chunk, tiles);
-    for (int64_t block = 0; block < num_token_blocks(x); ++block)
-      multiply_tiles(kernels_, lm_head_, first, last, x, block, scratch + block_start(x, block) * width, width);
-    for (int64_t i = 0; i < num_logits; ++i) {
-      float* terms_of_row = scratch + i * terms * width;
-      if (terms == 2) kernels_.add(terms_of_row, terms_of_row + width, (last - first) * kTileRows);
-      memcpy(ws_->logits.data() + i * stride + first * kTileRows, terms_of_row,
-             (last - first) * kTileRows * sizeof(float));
-    }
   });
 }
 

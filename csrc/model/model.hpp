@@ -6,6 +6,7 @@
 
 #include "model/attention_layer.hpp"
 #include "model/dense_layer.hpp"
+#include "model/lm_head.hpp"
 
 namespace tael {
 
@@ -31,11 +32,12 @@ class Model {
   void allocate(const Limits& limits);
   void bind_kv(int cache_group, uint8_t* pool, int64_t num_blocks, int64_t block_bytes);
 
-  // Logits of batch.logits_indices, [num_logits, logits_stride()], valid until the next call.
+  // What is known of the logits of batch.logits_indices, valid until the next call.
   // Throws std::out_of_range for a batch beyond the limits, the vocabulary or the block pools.
-  const float* forward(Batch batch);
+  const HeadOutput& forward(Batch batch);
+  Candidate draw(int64_t row, double uniform) const { return lm_head_.draw(kernels_, row, uniform); }
 
-  int64_t logits_stride() const { return lm_head_.padded_rows(); }
+  const LMHead& lm_head() const { return lm_head_; }
   const ModelConfig& config() const { return config_; }
   int num_cache_groups() const { return int(pool_blocks_.size()); }
   int64_t workspace_bytes() const;
@@ -49,26 +51,22 @@ class Model {
   // The residual stream and what linear layers read of it: one for all threads, and a small one
   // for each, of the steps in which they do the same work (Step::replicated).
   struct Stream {
-    Stream(int64_t max_tokens, int64_t max_logits, const Model& model);
+    Stream(int64_t max_tokens, const Model& model);
     int64_t bytes() const;
-    Rows hidden, normed, head_input;
-    QuantizedBuffer quantized, head_quantized;
+    Rows hidden, normed;
+    QuantizedBuffer quantized;
   };
   // Buffers of one step.
   struct Workspace {
     Workspace(const Limits& limits, int num_threads, const Model& model);
     Rows update;  // what a layer adds to the residual stream
-    Buffer<float> logits;
     AttentionWorkspace attention;
     DenseWorkspace dense;
     Stream shared;
-    std::vector<Stream> replicas;      // per thread
-    std::vector<Buffer<float>> heads;  // per thread: logits of a few tiles, both terms
+    std::vector<Stream> replicas;  // per thread
     std::vector<int32_t> token_seq;
   };
 
-  // Int8 rows that stand for one row of the head's input.
-  int terms_per_logit() const { return is_float(lm_head_.format) ? 1 : 2; }
   DenseWorkspace dense_workspace(const Limits& limits) const;
   void check(const Batch& batch) const;
   void step(const Step& step);
@@ -77,13 +75,13 @@ class Model {
   void embed(const Step& step);
   void norm_token(const Step& step, const Vector& norm, int64_t token);
   void add_and_norm(const Step& step, const Vector& bias, const Vector& post_norm, const Vector& norm);
-  void project_logits(const Step& step);
 
   const Kernels& kernels_;
   ThreadPool pool_;
   ModelConfig config_;
   Limits limits_{};
-  Matrix embedding_{}, lm_head_{};
+  Matrix embedding_{};
+  LMHead lm_head_;
   Vector norm_;
   std::vector<RopeTable> ropes_;
   std::vector<AttentionPlan> plans_;

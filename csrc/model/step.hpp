@@ -13,6 +13,7 @@ struct Limits {
   int64_t max_seqs;
   int64_t max_logits;
   int64_t max_model_len;
+  int64_t num_candidates;
 };
 
 // The arrays of ForwardBatch (tael/backends/base.py), and the sequence of each token.
@@ -29,6 +30,8 @@ struct Batch {
   const int32_t* positions;
   const int32_t* query_start;
   const int32_t* logits_indices;
+  const float* temperatures;
+  const bool* full_logits;
   const int32_t* token_seq;
   std::vector<BlockTable> block_tables;  // one per cache group
 

@@ -53,6 +53,7 @@ struct Avx512 {
     return _mm_cvtss_f32(_mm_add_ss(s2, _mm_movehdup_ps(s2)));
   }
   static float max_lane(F a) { return _mm512_reduce_max_ps(a); }
+  static uint32_t at_least(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
   static F from_int(I a) { return _mm512_cvtepi32_ps(a); }
   static F nearest(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static F scale_exponent(F a, F n) { return _mm512_scalef_ps(a, n); }

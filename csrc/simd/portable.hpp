@@ -74,6 +74,12 @@ struct Portable {
     for (int i = 1; i < 16; ++i) m = a.v[i] > m ? a.v[i] : m;
     return m;
   }
+  // Bit i: a[i] >= b[i].
+  static uint32_t at_least(F a, F b) {
+    uint32_t bits = 0;
+    for (int i = 0; i < 16; ++i) bits |= uint32_t(a.v[i] >= b.v[i]) << i;
+    return bits;
+  }
   static F from_int(I a) { return map([&](int i) { return float(a.v[i]); }); }
   // Nearest whole number, ties to even, |a| < 2^22: adding 1.5 * 2^23 rounds.
   static F nearest(F a) { return map([&](int i) { return (a.v[i] + 12582912.0f) - 12582912.0f; }); }

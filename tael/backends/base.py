@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,6 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tael.config import SchedulerConfig
+
+NUM_CANDIDATES = 64
+"""Most likely tokens that a step gives for each row of logits: so many as to hold what most filters
+leave, so few that finding them costs less than the exponentials."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +31,34 @@ class ForwardBatch:
     """One per cache group: [num_seqs, max_num_blocks]. Entry b of a row is the block that holds
     positions ``b * block_size`` onward; -1 where no query of this step looks."""
     logits_indices: NDArray[np.int32]
-    """[num_logits] tokens whose logits are wanted."""
+    """[num_logits] tokens whose logits are wanted. No more than there are tokens."""
+    temperatures: NDArray[np.float32]
+    """[num_logits], above 0: for ``sum_exp_at_temperature`` and ``draw``."""
+    full_logits: NDArray[np.bool_]
+    """[num_logits] whether all logits of the row are wanted."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeadOutput:
+    """What a step tells of each row of logits: enough to sample from most distributions. Valid
+    until the next step.
+
+    A row with a NaN, or without a finite maximum, has sums that are NaN."""
+
+    top_token_ids: NDArray[np.int32]
+    """[num_logits, min(NUM_CANDIDATES, vocab_size)], most likely first, of equal logits the lowest
+    id first."""
+    top_logits: NDArray[np.float32]
+    """Their logits."""
+    sum_exp: NDArray[np.float64]
+    """[num_logits] of exp(logit - maximum) over the vocabulary."""
+    sum_exp_at_temperature: NDArray[np.float64]
+    """[num_logits] of exp((logit - maximum) / temperature)."""
+    logits: NDArray[np.float32]
+    """[num_logits, vocab_size], anything where ``full_logits`` was false."""
+    draw: Callable[[int, float], tuple[int, float]]
+    """``draw(row, uniform)``: the token at quantile ``uniform`` of [0, 1) of the distribution at
+    the row's temperature, in order of id, and its logit. Never one of probability zero."""
 
 
 class Backend(Protocol):
@@ -44,6 +76,5 @@ class Backend(Protocol):
         """Hand over the block pools, one per cache group: uint8 [num_blocks, block_bytes],
         zeroed. The layout inside a block is the backend's own."""
 
-    def forward(self, batch: ForwardBatch) -> NDArray[np.float32]:
-        """Compute the batch, write its KV, return logits [num_logits, vocab_size]. The array is
-        valid until the next call."""
+    def forward(self, batch: ForwardBatch) -> HeadOutput:
+        """Compute the batch and write its KV."""

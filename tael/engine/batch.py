@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from tael.backends.base import ForwardBatch
 from tael.cache.manager import RELEASED, CacheManager
+from tael.engine.sampler import needs_full_logits, scaling_temperature
 from tael.engine.scheduler import ScheduledRequest
 
 
@@ -28,12 +29,18 @@ def build_batch(scheduled: list[ScheduledRequest], manager: CacheManager) -> For
     tables = [manager.block_tables(entry.request) for entry in scheduled]
     ends = zip(scheduled, query_start[1:].tolist(), strict=True)
     sampled = [range(end - entry.num_logits, end) for entry, end in ends]
+    num_rows = [entry.num_logits for entry in scheduled]
+    params = [entry.request.params for entry in scheduled]
     return ForwardBatch(
         token_ids=np.array(token_ids, dtype=np.int32),
         positions=positions,
         query_start=query_start,
         block_tables=tuple(_padded(group) for group in zip(*tables, strict=True)),
         logits_indices=np.array(list(chain.from_iterable(sampled)), dtype=np.int32),
+        temperatures=np.array([scaling_temperature(p) for p in params], np.float32).repeat(
+            num_rows
+        ),
+        full_logits=np.array([needs_full_logits(p) for p in params], np.bool_).repeat(num_rows),
     )
 
 

@@ -8,12 +8,12 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from tael.backends.base import Backend
+from tael.backends.base import Backend, HeadOutput
 from tael.cache.manager import CacheManager
 from tael.config import BLOCK_SIZE, EngineConfig
 from tael.engine.output import OutputProcessor, Piece
 from tael.engine.runner import run_step
-from tael.engine.sampler import Logits, Sampler
+from tael.engine.sampler import Sampler
 from tael.engine.scheduler import Scheduler
 from tael.errors import TaelError
 from tael.loader.tokenizer import Tokenizer
@@ -197,9 +197,9 @@ class Engine:
             )
 
     def _sample(
-        self, key: str, logits: Logits, accepted: Sequence[int]
+        self, key: str, head: HeadOutput, row: int, accepted: Sequence[int]
     ) -> tuple[int, TokenLogprobs | None]:
-        return self._completions[key].sampler.sample(logits, accepted)
+        return self._completions[key].sampler.sample(head, row, accepted)
 
     def _extend(
         self, completion: _Completion, piece: Piece, logprobs: Sequence[TokenLogprobs], now: float

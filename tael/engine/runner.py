@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from tael.backends.base import Backend
+from tael.backends.base import Backend, HeadOutput
 from tael.cache.manager import CacheManager
 from tael.engine.batch import build_batch
-from tael.engine.sampler import Logits
 from tael.engine.scheduler import Schedule, ScheduledRequest
 from tael.request import TokenLogprobs
 
@@ -24,34 +23,37 @@ class StepResult:
     """Why a request has no token."""
 
 
-Sample = Callable[[str, Logits, Sequence[int]], tuple[int, TokenLogprobs | None]]
+Sample = Callable[[str, HeadOutput, int, Sequence[int]], tuple[int, TokenLogprobs | None]]
 
 
 def run_step(
     schedule: Schedule, manager: CacheManager, backend: Backend, sample: Sample
 ) -> StepResult:
-    """Compute a schedule and call ``sample(request_id, logits, accepted)`` for each request that
+    """Compute a schedule and call ``sample(request_id, head, row, accepted)`` for each request that
     samples; again for the next row, with the tokens so far as ``accepted``, as long as the token
     is the drafted one. That choice does not depend on what was drafted, so neither does the
     output. An exception of ``sample`` is that request's alone; one of the backend concerns all
     and is raised."""
-    logits = backend.forward(build_batch(schedule.scheduled, manager))
+    head = backend.forward(build_batch(schedule.scheduled, manager))
     result = StepResult()
-    end = 0
+    row = 0
     for entry in schedule.scheduled:
         if entry.samples:
-            rows = logits[end : (end := end + entry.num_logits)]
-            _verify(rows, entry, sample, result)
+            _verify(head, row, entry, sample, result)
+            row += entry.num_logits
     return result
 
 
-def _verify(rows: Logits, entry: ScheduledRequest, sample: Sample, result: StepResult) -> None:
+def _verify(
+    head: HeadOutput, row: int, entry: ScheduledRequest, sample: Sample, result: StepResult
+) -> None:
+    """Sample the rows of one request, of which ``row`` is the first."""
     request_id = entry.request.request_id
     token_ids: list[int] = []
     all_logprobs: list[TokenLogprobs] = []
-    for row, drafted in zip(rows, (*entry.draft_token_ids, None), strict=True):
+    for i, drafted in enumerate((*entry.draft_token_ids, None)):
         try:
-            token_id, logprobs = sample(request_id, row, token_ids)
+            token_id, logprobs = sample(request_id, head, row + i, token_ids)
         except Exception as error:
             if not token_ids:
                 result.errors[request_id] = error

@@ -1,17 +1,55 @@
-"""Choosing the next token of a request from its logits."""
+"""Choosing the next token of a request from its logits.
+
+A step tells the most likely tokens of each row and two sums over all of it. That is enough for
+greedy choices, for filters that leave few tokens, and for log-probabilities; draws without filters
+are left to the backend. Only for the rest are whole rows computed.
+"""
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tael.backends.base import NUM_CANDIDATES, HeadOutput
 from tael.request import Request, SamplingParams, TokenLogprobs
 
 Logits = NDArray[np.float32]
 TokenIds = NDArray[np.intp]
+
+
+def needs_full_logits(params: SamplingParams) -> bool:
+    """Whether a choice may have to look at a whole row. That follows from ``params`` alone."""
+    if changes_logits(params):
+        return True
+    if params.temperature == 0.0 or not filters(params):
+        return False
+    return not 0 < params.top_k <= NUM_CANDIDATES
+
+
+def changes_logits(params: SamplingParams) -> bool:
+    """Whether there is a bias or a penalty."""
+    return bool(
+        params.logit_bias
+        or params.repetition_penalty != 1.0
+        or params.presence_penalty != 0.0
+        or params.frequency_penalty != 0.0
+    )
+
+
+def filters(params: SamplingParams) -> bool:
+    """Whether some tokens may not be drawn."""
+    return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
+
+
+def scaling_temperature(params: SamplingParams) -> float:
+    """What logits are divided by."""
+    if params.temperature == 0.0:
+        return 1.0
+    return max(params.temperature, 1e-20)  # Below, it could overflow; draws are greedy long before.
 
 
 class Sampler:
@@ -32,34 +70,56 @@ class Sampler:
         self._prompt_ids = np.unique(np.array(prompt_ids, dtype=np.int64))
 
     def sample(
-        self, logits: Logits, accepted: Sequence[int] = ()
+        self, head: HeadOutput, row: int, accepted: Sequence[int] = ()
     ) -> tuple[int, TokenLogprobs | None]:
-        """The next token, given ``logits`` [vocab_size], and the log-probabilities asked for.
-        ``accepted`` are tokens that this step has already put after those of the request.
+        """The next token, given what a step tells of its logits, and the log-probabilities asked
+        for. ``accepted`` are tokens that this step has already put after those of the request.
 
         Raises FloatingPointError if the logits have a NaN or no finite maximum.
         """
-        request, params = self._request, self._request.params
-        adjusted = self.adjust(logits, accepted)
-        if not np.isfinite(adjusted.max()):  # max() propagates NaN
+        params = self._request.params
+        if not math.isfinite(head.sum_exp[row]):
             raise FloatingPointError("the logits are not finite")
-        if params.temperature == 0.0:
-            token_id = int(adjusted.argmax())
-        else:
-            ids, weights = candidates(adjusted, params)
-            position = request.num_output_tokens + len(accepted)
-            bits = np.random.Philox(key=self._key, counter=position).random_raw()
-            token_id = int(ids[draw(weights, (int(bits) >> 12) * 2.0**-52)])
+        token_id, logit = self._choose(head, row, accepted)
         if params.logprobs is None:
             return token_id, None
-        return token_id, token_logprobs(logits, token_id, params.logprobs)
+        return token_id, token_logprobs(head, row, token_id, logit, params.logprobs)
+
+    def _choose(self, head: HeadOutput, row: int, accepted: Sequence[int]) -> tuple[int, float]:
+        """The next token and its logit."""
+        params = self._request.params
+        if changes_logits(params):
+            token_id = self._choose_of(self.adjust(head.logits[row], accepted), accepted)
+        elif params.temperature == 0.0:
+            return int(head.top_token_ids[row, 0]), float(head.top_logits[row, 0])
+        elif not filters(params):
+            return head.draw(row, self._uniform(accepted))
+        else:
+            weights = top_weights(head.top_logits[row], head.sum_exp_at_temperature[row], params)
+            if weights is not None:
+                place = draw(weights, self._uniform(accepted))
+                return int(head.top_token_ids[row, place]), float(head.top_logits[row, place])
+            token_id = self._choose_of(head.logits[row], accepted)
+        return token_id, float(head.logits[row, token_id])
+
+    def _choose_of(self, logits: Logits, accepted: Sequence[int]) -> int:
+        """The next token, from a whole row."""
+        if not np.isfinite(logits.max()):  # max() propagates NaN
+            raise FloatingPointError("the logits are not finite")
+        if self._request.params.temperature == 0.0:
+            return int(logits.argmax())
+        ids, weights = candidates(logits, self._request.params)
+        return int(ids[draw(weights, self._uniform(accepted))])
+
+    def _uniform(self, accepted: Sequence[int]) -> float:
+        """The draw for the next position, of [0, 1 - 2**-52]."""
+        position = self._request.num_output_tokens + len(accepted)
+        bits = np.random.Philox(key=self._key, counter=position).random_raw()
+        return (int(bits) >> 12) * 2.0**-52
 
     def adjust(self, logits: Logits, accepted: Sequence[int] = ()) -> Logits:
-        """Logits after the bias and penalties that the request asks for: a copy if any."""
+        """A copy of ``logits`` [vocab_size] with the bias and the penalties of the request."""
         request, params = self._request, self._request.params
-        appears = params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
-        if not (params.logit_bias or self._repeats or appears):
-            return logits
         adjusted = logits.copy()
         for token_id, bias in params.logit_bias.items():
             adjusted[token_id] += bias
@@ -71,7 +131,9 @@ class Sampler:
             score = adjusted[seen]
             penalty = np.float32(params.repetition_penalty)
             adjusted[seen] = np.where(score < 0, score * penalty, score / penalty)
-        if appears:  # over the output only, as OpenAI does
+        if (
+            params.presence_penalty or params.frequency_penalty
+        ):  # over the output only, as OpenAI does
             amount = params.presence_penalty + params.frequency_penalty * counts
             adjusted[output] -= amount.astype(np.float32)
         return adjusted
@@ -84,8 +146,7 @@ def candidates(logits: Logits, params: SamplingParams) -> tuple[TokenIds, Logits
     left, renormalised: temperature, then top_k, then top_p, then min_p. Of tokens that are
     equally likely at a filter's edge, those with the lowest ids stay.
     """
-    # Below this a division could overflow; draws are greedy long before.
-    logits = (logits - logits.max()) / np.float32(max(params.temperature, 1e-20))
+    logits = (logits - logits.max()) / np.float32(scaling_temperature(params))
     ids = np.arange(len(logits))
     if 0 < params.top_k < len(ids):
         ids = _largest(logits, params.top_k)
@@ -98,6 +159,28 @@ def candidates(logits: Logits, params: SamplingParams) -> tuple[TokenIds, Logits
         likely = weights >= params.min_p
         ids, weights = ids[likely], weights[likely]
     return ids, weights
+
+
+def top_weights(
+    top_logits: Logits, sum_exp_at_temperature: float, params: SamplingParams
+) -> Logits | None:
+    """As ``candidates``, from the largest logits in descending order: the weights of the first of
+    them, which are what the filters leave. None if others may be left as well."""
+    if params.top_k > NUM_CANDIDATES:
+        return None
+    weights = np.exp((top_logits - top_logits[0]) / np.float32(scaling_temperature(params)))
+    if params.top_k:
+        weights = weights[: params.top_k]
+        total, num_left = weights.sum(dtype=np.float64), len(weights)
+    else:
+        total, num_left = sum_exp_at_temperature, len(weights) + 1
+    if params.top_p < 1.0:
+        sums = weights.cumsum(dtype=np.float64)
+        num_left = min(num_left, int(np.searchsorted(sums, params.top_p * total)) + 1)
+    num_likely = int(np.count_nonzero(weights >= params.min_p))
+    if num_likely < len(weights):
+        num_left = min(num_left, num_likely)
+    return weights[:num_left] if num_left <= len(weights) else None
 
 
 def draw(weights: Logits, uniform: float) -> int:
@@ -114,16 +197,18 @@ def draw(weights: Logits, uniform: float) -> int:
     return int(starts[part]) + min(index, int(np.flatnonzero(inside)[-1]))
 
 
-def token_logprobs(logits: Logits, token_id: int, num_top: int) -> TokenLogprobs:
-    """Log-probabilities of ``token_id`` and of the ``num_top`` most likely tokens."""
-    maximum = logits.max()
-    shift = float(maximum) + float(np.log(np.exp(logits - maximum).sum(dtype=np.float64)))
-    top = _largest(logits, min(num_top, len(logits)))
-    top = top[np.argsort(-logits[top], kind="stable")]
+def token_logprobs(
+    head: HeadOutput, row: int, token_id: int, logit: float, num_top: int
+) -> TokenLogprobs:
+    """Log-probabilities of ``token_id``, whose logit is given, and of the ``num_top`` most likely
+    tokens."""
+    log_sum_exp = float(head.top_logits[row, 0]) + math.log(head.sum_exp[row])
+    ids, logits = head.top_token_ids[row, :num_top], head.top_logits[row, :num_top]
+    top = zip(ids.tolist(), logits.tolist(), strict=True)
     return TokenLogprobs(
         token_id=token_id,
-        logprob=float(logits[token_id]) - shift,
-        top=tuple((int(i), float(logits[i]) - shift) for i in top),
+        logprob=logit - log_sum_exp,
+        top=tuple((i, other - log_sum_exp) for i, other in top),
     )
 
 

@@ -293,8 +293,8 @@ def test_preemption_changes_no_token(folder: Path) -> None:
 class PoisonedBackend(ReferenceBackend):
     """Gives NaN after token 99."""
 
-    def forward(self, batch: ForwardBatch) -> NDArray[np.float32]:
-        logits = super().forward(batch)
+    def logits(self, batch: ForwardBatch) -> NDArray[np.float32]:
+        logits = super().logits(batch)
         logits[batch.token_ids[batch.logits_indices] == 99, 3] = np.nan
         return logits
 

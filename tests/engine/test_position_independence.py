@@ -6,16 +6,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tael.backends.base import HeadOutput
 from tael.backends.cpu.backend import CPUBackend
 from tael.config import BLOCK_SIZE, EngineConfig, SchedulerConfig
 from tael.engine.engine import Engine, overhead_bytes
-from tael.engine.sampler import Logits
 from tael.loader.prepared import PreparedModel, load_prepared
 from tael.models.spec import cache_groups
 from tael.request import SamplingParams, TokenLogprobs, Usage
@@ -29,7 +29,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 class Result:
     token_ids: tuple[int, ...]
     digests: tuple[str, ...]
-    """Of the logits of every sampled position."""
+    """Of what is known of the logits of every sampled position."""
     usage: Usage
 
 
@@ -152,12 +152,24 @@ def run(
     sample = engine._sample
 
     def recording(
-        request_id: str, logits: Logits, accepted: Sequence[int]
+        request_id: str, head: HeadOutput, row: int, accepted: Sequence[int]
     ) -> tuple[int, TokenLogprobs | None]:
-        digest = hashlib.blake2b(np.ascontiguousarray(logits).data).hexdigest()
-        digests.setdefault(request_id.split("/")[0], []).append(digest)
-        return sample(request_id, logits, accepted)
+        arrays = (head.logits, head.top_token_ids, head.sum_exp, head.sum_exp_at_temperature)
+        drawn = [head.draw(row, uniform) for uniform in (0.1, 0.99)]
+        digest = hashlib.blake2b(repr(drawn).encode())
+        for array in arrays:
+            digest.update(np.ascontiguousarray(array[row]).data)
+        digests.setdefault(request_id.split("/")[0], []).append(digest.hexdigest())
+        return sample(request_id, head, row, accepted)
 
+    forward = engine.backend.forward
+    engine.backend.forward = lambda batch: forward(  # type: ignore[method-assign]
+        replace(
+            batch,
+            full_logits=np.ones_like(batch.full_logits),
+            temperatures=np.full_like(batch.temperatures, 0.7),
+        )
+    )
     engine._sample = recording  # type: ignore[method-assign]
     for i, prompt in enumerate(prompts):
         engine.add_request(str(i), prompt, params, cache_salt=salts[i] if salts else str(i))
@@ -169,6 +181,7 @@ def run(
             if delta.usage is not None:
                 usages[delta.request_id] = delta.usage
     engine._sample = sample  # type: ignore[method-assign]
+    engine.backend.forward = forward  # type: ignore[method-assign]
     engine.manager.check()
     return [
         Result(tuple(token_ids[i]), tuple(digests[i]), usages[i])

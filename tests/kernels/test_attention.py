@@ -116,5 +116,7 @@ def forward(
             query_start=np.array([0, n], np.int32),
             block_tables=(np.array([block_table or [1, 0]], np.int32),),
             logits_indices=np.array([last], np.int32),
+            temperatures=np.ones(1, np.float32),
+            full_logits=np.ones(1, np.bool_),
         )
-    )
+    ).logits

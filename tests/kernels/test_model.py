@@ -115,11 +115,21 @@ def test_a_batch_that_is_none_is_refused() -> None:
     model.bind_kv(0, pool)
     positions = np.arange(64, dtype=np.int32)  # those after the batch continue it
 
-    def forward(first: int, query_start: list[int]) -> None:
+    def forward(
+        first: int, query_start: list[int], num_logits: int = 1, temperature: float = 1.0
+    ) -> None:
         num_seqs = len(query_start) - 1
         tables = np.tile(np.arange(4, dtype=np.int32), (num_seqs, 1))
-        starts, last = np.array(query_start, np.int32), np.zeros(1, np.int32)
-        model.forward(last.repeat(2), positions[:2] + np.int32(first), starts, [tables], last)
+        starts, last = np.array(query_start, np.int32), np.zeros(num_logits, np.int32)
+        model.forward(
+            np.zeros(2, np.int32),
+            positions[:2] + np.int32(first),
+            starts,
+            [tables],
+            last,
+            np.full(num_logits, temperature, np.float32),
+            np.zeros(num_logits, np.bool_),
+        )
 
     forward(0, [0, 2])
     for first, query_start, message in (
@@ -133,6 +143,11 @@ def test_a_batch_that_is_none_is_refused() -> None:
     ):
         with pytest.raises(IndexError, match=message):
             forward(first, query_start)
+    with pytest.raises(IndexError, match="logits"):
+        forward(0, [0, 2], num_logits=3)
+    for temperature in (0.0, -1.0, np.nan):
+        with pytest.raises(IndexError, match="temperature"):
+            forward(0, [0, 2], temperature=temperature)
 
 
 def test_arrays_that_are_written_are_never_copied() -> None:

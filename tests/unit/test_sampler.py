@@ -20,7 +20,17 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from tael.engine.sampler import Sampler, candidates, draw, token_logprobs
+from tael.backends.base import NUM_CANDIDATES, HeadOutput
+from tael.backends.reference.head import head_output
+from tael.engine.sampler import (
+    Sampler,
+    candidates,
+    draw,
+    needs_full_logits,
+    scaling_temperature,
+    token_logprobs,
+    top_weights,
+)
 from tael.request import Request, SamplingParams
 
 Float64 = NDArray[np.float64]
@@ -54,6 +64,12 @@ def reference_candidates(logits: NDArray[np.float32], params: SamplingParams) ->
     return sorted(order)
 
 
+def head_of(logits: NDArray[np.float32], params: SamplingParams) -> HeadOutput:
+    """With one row, that can be seen only if it was asked for."""
+    head = head_output(logits[None], np.array([scaling_temperature(params)], np.float32))
+    return head if needs_full_logits(params) else replace(head, logits=logits[None, :0])
+
+
 def sample_once(
     logits: NDArray[np.float32],
     params: SamplingParams,
@@ -63,7 +79,7 @@ def sample_once(
 ) -> int:
     request = Request("r", prompt, params)
     request.token_ids.extend(output)
-    return Sampler(request, index).sample(logits)[0]
+    return Sampler(request, index).sample(head_of(logits, params), 0)[0]
 
 
 @settings(max_examples=300, deadline=None)
@@ -100,6 +116,46 @@ def test_candidates_equal_those_of_a_full_sort(
             if list(ids) == reference_candidates(logits, nudged):
                 return
         raise AssertionError((list(ids), expected))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    vocab_size=st.sampled_from([1, 40, 64, 65, 2000]),
+    scale=st.sampled_from([0.0, 0.01, 1.0, 5.0, 40.0]),
+    coarse=st.booleans(),
+    temperature=st.floats(0.05, 5.0),
+    top_k=st.sampled_from([0, 0, 1, 3, 40, 63, 64, 65, 100]),
+    top_p=st.just(1.0) | st.floats(0.01, 1.0),
+    min_p=st.sampled_from([0.0, 0.0, 0.013, 0.1, 0.93]),
+)
+def test_the_most_likely_tokens_tell_what_filters_leave(
+    seed: int,
+    vocab_size: int,
+    scale: float,
+    coarse: bool,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+) -> None:
+    logits = random_logits(seed, vocab_size, scale, coarse)
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    head = head_output(logits[None], np.array([temperature], np.float32))
+    weights = top_weights(head.top_logits[0], head.sum_exp_at_temperature[0], params)
+    order, exact = reference_order(logits, temperature)
+    if weights is None:  # only if more than the candidates may be left, give or take an edge
+        nudged = replace(params, top_p=min(1.0, top_p * (1 + 1e-6)), min_p=min_p * (1 - 1e-6))
+        left = len(reference_candidates(logits, nudged))
+        assert left >= min(NUM_CANDIDATES, vocab_size) or top_k > NUM_CANDIDATES
+        assert needs_full_logits(params) or not (top_k or top_p < 1 or min_p)
+        return
+    np.testing.assert_allclose(weights, exact[order[: len(weights)]], rtol=1e-6, atol=1e-37)
+    for nudge in (0.0, -1e-6, 1e-6):
+        nudged = replace(params, top_p=min(1.0, top_p * (1 + nudge)), min_p=min_p * (1 + nudge))
+        if sorted(order[: len(weights)]) == reference_candidates(logits, nudged):
+            return
+    raise AssertionError((len(weights), reference_candidates(logits, params)))
 
 
 @settings(max_examples=100, deadline=None)
@@ -152,19 +208,25 @@ def test_distribution_equals_that_of_transformers(
     [
         SamplingParams(temperature=1.3),
         SamplingParams(temperature=0.7, top_k=12),
+        SamplingParams(temperature=1.3, top_k=200),
         SamplingParams(top_p=0.8, min_p=0.05),
+        SamplingParams(temperature=1.5, top_p=0.95),
+        SamplingParams(logit_bias={5: 1.0}),
     ],
 )
 def test_draws_follow_the_distribution(params: SamplingParams) -> None:
     logits = random_logits(7, 1200, 1.0)
     logits[:40] += 5.0
-    ids, weights = candidates(logits, params)
+    biased = logits.copy()
+    biased[list(params.logit_bias)] += list(params.logit_bias.values())
+    ids, weights = candidates(biased, params)
     probabilities = weights / weights.sum(dtype=np.float64)
     num_draws = 4000
     request = Request("r", (1,), replace(params, seed=3))
     sampler, counts = Sampler(request), np.zeros(1200)
+    head = head_of(logits, params)
     for _ in range(num_draws):
-        token_id, _ = sampler.sample(logits)
+        token_id, _ = sampler.sample(head, 0)
         counts[token_id] += 1
         request.token_ids.append(token_id)
     assert counts.sum() == counts[ids].sum()
@@ -244,19 +306,35 @@ def test_penalties_and_bias() -> None:
     assert logits[1] == np.float32(1.1)  # the caller's logits are left alone
 
 
-def test_logprobs_are_of_the_unpenalised_distribution() -> None:
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0),
+        SamplingParams(temperature=3.0),
+        SamplingParams(temperature=2.0, top_k=30),
+        SamplingParams(temperature=8.0, top_p=0.95),
+        SamplingParams(temperature=2.0, top_k=3, logit_bias={8: 100.0}),
+    ],
+)
+def test_logprobs_are_of_the_unpenalised_distribution(params: SamplingParams) -> None:
     logits = random_logits(3, 500, 2.0)
     exact = logits.astype(np.float64) - np.log(np.exp(logits.astype(np.float64)).sum())
-    params = SamplingParams(temperature=2.0, top_k=3, logprobs=5, logit_bias={8: 100.0})
-    token_id, logprobs = Sampler(Request("r", (1,), params)).sample(logits)
-    assert logprobs is not None and token_id == logprobs.token_id == 8
-    assert logprobs.logprob == pytest.approx(exact[8], abs=1e-5)
     best = sorted(range(500), key=lambda i: -exact[i])[:5]
-    assert [i for i, _ in logprobs.top] == best
-    np.testing.assert_allclose([p for _, p in logprobs.top], exact[best], atol=1e-5)
-    everything = token_logprobs(logits[:20], 0, 20)
+    request = Request("r", (1,), replace(params, logprobs=5, seed=0))
+    for _ in range(20):
+        token_id, logprobs = Sampler(request).sample(head_of(logits, params), 0)
+        assert logprobs is not None and token_id == logprobs.token_id
+        assert logprobs.logprob == pytest.approx(exact[token_id], abs=1e-5)
+        assert [i for i, _ in logprobs.top] == best
+        np.testing.assert_allclose([p for _, p in logprobs.top], exact[best], atol=1e-5)
+        request.token_ids.append(token_id)
+
+
+def test_any_number_of_logprobs() -> None:
+    head = head_output(random_logits(3, 20, 2.0)[None], np.ones(1, np.float32))
+    everything = token_logprobs(head, 0, 0, 1.0, 20)
     assert sum(math.exp(p) for _, p in everything.top) == pytest.approx(1, abs=1e-6)
-    assert token_logprobs(logits, 0, 0).top == ()
+    assert token_logprobs(head, 0, 0, 1.0, 0).top == ()
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-6])

@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from tael.backends.base import ForwardBatch
+from tael.backends.base import ForwardBatch, HeadOutput
+from tael.backends.reference.head import head_output
 from tael.config import BLOCK_SIZE, EngineConfig, SchedulerConfig
 from tael.engine.engine import Engine, OutputDelta, overhead_bytes
 from tael.engine.sampler import Sampler
@@ -60,7 +61,7 @@ class SimulatedBackend:
     def bind_kv(self, pools: list[NDArray[np.uint8]]) -> None:
         self.blocks = [pool[:, : 4 * BLOCK_SIZE].view(np.int32) for pool in pools]
 
-    def forward(self, batch: ForwardBatch) -> NDArray[np.float32]:
+    def forward(self, batch: ForwardBatch) -> HeadOutput:
         assert len(batch.token_ids) <= self.scheduler.max_num_batched_tokens
         assert len(batch.logits_indices) <= self.scheduler.max_num_logits
         assert batch.positions.max() < MAX_LEN
@@ -70,7 +71,9 @@ class SimulatedBackend:
             assert table[seqs, blocks].min() >= 0
             store[table[seqs, blocks], slots] = batch.token_ids
         rows = [self._logits(batch, seqs[i], batch.positions[i]) for i in batch.logits_indices]
-        return np.array(rows, np.float32).reshape(len(rows), SPEC.vocab_size)
+        logits = np.array(rows, np.float32).reshape(len(rows), SPEC.vocab_size)
+        head = head_output(logits, batch.temperatures)
+        return replace(head, logits=np.where(batch.full_logits[:, None], logits, np.nan))
 
     def _logits(self, batch: ForwardBatch, seq: int, position: int) -> NDArray[np.float32]:
         oldest = np.arange(max(0, position - WINDOW + 1), position + 1)
@@ -256,8 +259,10 @@ def test_the_comparison_can_fail(planted: str, monkeypatch: pytest.MonkeyPatch) 
         sampler = {"temperature": 1.0, "top_k": 2, "seed": 3}
         sample = Sampler.sample
 
-        def broken_sample(self: Sampler, logits: Any, accepted: Sequence[int] = ()) -> Any:
-            return sample(self, logits)
+        def broken_sample(
+            self: Sampler, head: HeadOutput, row: int, accepted: Sequence[int] = ()
+        ) -> Any:
+            return sample(self, head, row)
 
         monkeypatch.setattr(Sampler, "sample", broken_sample)
     else:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tael import _native
-from tael.backends.base import ForwardBatch
+from tael.backends.base import NUM_CANDIDATES, ForwardBatch, HeadOutput
 from tael.config import BLOCK_SIZE, SchedulerConfig
 from tael.errors import TaelError
 from tael.loader.tile_file import TileFile
@@ -55,6 +55,7 @@ class CPUBackend:
             max_seqs=scheduler.max_num_seqs,
             max_logits=scheduler.max_num_logits,
             max_model_len=max_model_len,
+            num_candidates=NUM_CANDIDATES,
         )
         return self._native.workspace_bytes
 
@@ -62,18 +63,21 @@ class CPUBackend:
         for group, pool in enumerate(pools):
             self._native.bind_kv(group, pool)
 
-    def forward(self, batch: ForwardBatch) -> NDArray[np.float32]:
+    def forward(self, batch: ForwardBatch) -> HeadOutput:
         if os.getpid() != self._process:  # it would wait for them forever
             raise TaelError(
                 "the threads of a model do not follow a fork; load the model in the new process."
             )
-        return self._native.forward(
+        output = self._native.forward(
             batch.token_ids,
             batch.positions,
             batch.query_start,
             list(batch.block_tables),
             batch.logits_indices,
+            batch.temperatures,
+            batch.full_logits,
         )
+        return HeadOutput(*output, draw=self._native.draw)
 
     def _add_layer(self, prefix: str, layer: LayerSpec, group: int, offset: int) -> None:
         mixer, ffn = layer.mixer, layer.ffn

@@ -7,7 +7,8 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from tael.backends.base import ForwardBatch
+from tael.backends.base import ForwardBatch, HeadOutput
+from tael.backends.reference.head import head_output
 from tael.backends.reference.kv_cache import KVCache
 from tael.backends.reference.layers import (
     ACTIVATIONS,
@@ -50,7 +51,11 @@ class ReferenceBackend:
     def bind_kv(self, pools: list[NDArray[np.uint8]]) -> None:
         self.kv_cache = KVCache(self.spec, [len(pool) for pool in pools])
 
-    def forward(self, batch: ForwardBatch) -> NDArray[np.float32]:
+    def forward(self, batch: ForwardBatch) -> HeadOutput:
+        return head_output(self.logits(batch), batch.temperatures)
+
+    def logits(self, batch: ForwardBatch) -> Float32:
+        """[num_logits, vocab_size]"""
         spec, parameters = self.spec, self.parameters
         x = parameters["embed_tokens.weight"][batch.token_ids] * np.float32(spec.embedding_scale)
         norm = partial(rms_norm, eps=spec.norm_eps)
