@@ -60,6 +60,12 @@ def engine(model: Path, num_threads: int) -> LlamaCpp:
     return LlamaCpp(model, num_threads)
 
 
+def one_token(model: Path, num_prompt_tokens: int) -> list[str]:
+    """A command that loads the model, computes a prompt and one token, and prints a line."""
+    command = [str(_program("llama-bench")), "-m", str(model), "-p", "0", "-n", "0"]
+    return [*command, "-pg", f"{num_prompt_tokens},1", "-r", "1", "--no-warmup", "-o", "jsonl"]
+
+
 class LlamaCpp:
     """An ``Engine``: a program for each workload."""
 

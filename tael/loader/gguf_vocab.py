@@ -169,8 +169,9 @@ def _merges_from_scores(
         raise _damaged(f"a token is longer than {MAX_SENTENCEPIECE_TOKEN_LENGTH} characters")
     best_first = [tokens[i] for i in np.argsort(-scores, kind="stable").tolist()]
     ranks = {token: rank for rank, token in enumerate(best_first) if token in normal}
-    merges = (_last_merge(token, ranks) for token in ranks if len(token) > 1)
-    return [merge for merge in merges if merge is not None]
+    characters = {token for token in ranks if len(token) == 1}
+    made = (token for token in ranks if len(token) > 1 and characters.issuperset(token))
+    return [merge for token in made if (merge := _last_merge(token, ranks)) is not None]
 
 
 def _last_merge(token: str, ranks: dict[str, int]) -> tuple[str, str] | None:
@@ -179,19 +180,20 @@ def _last_merge(token: str, ranks: dict[str, int]) -> tuple[str, str] | None:
     No text needs another way to make it: the merges before that step lie between the first and
     the last character of the token, so that the text around it had no part in their choice.
     """
+    rank_of = ranks.get
     parts = list(token)
-    if not all(part in ranks for part in parts):
-        return None
-    unions = [ranks.get(left + right, _NEVER) for left, right in pairwise(parts)]
+    unions = [rank_of(left + right, _NEVER) for left, right in pairwise(parts)]
     while len(parts) > 2:
         best = min(unions)
         if best == _NEVER:
             return None
         i = unions.index(best)
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
         del unions[i]
-        for j in range(max(i - 1, 0), min(i + 1, len(unions))):
-            unions[j] = ranks.get(parts[j] + parts[j + 1], _NEVER)
+        parts[i] += parts.pop(i + 1)
+        if i > 0:
+            unions[i - 1] = rank_of(parts[i - 1] + parts[i], _NEVER)
+        if i < len(unions):
+            unions[i] = rank_of(parts[i] + parts[i + 1], _NEVER)
     return parts[0], parts[1]
 
 

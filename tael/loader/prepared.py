@@ -36,6 +36,7 @@ from tael.models.spec import ModelSpec
 from tael.models.spec_json import spec_from_json, spec_to_json
 
 SCRATCH_SUFFIX = ".part"
+WEIGHTS = "weights.tael"
 
 _DAMAGED = (OSError, ValueError, LookupError, TypeError, TaelError)
 """What reading a prepared model raises if it is not whole."""
@@ -60,8 +61,8 @@ def load_prepared(path: Path, progress: Callable[[float], None] | None = None) -
                 return _open(folder)
             # It is absent, damaged or of another version of Tael.
             shutil.rmtree(folder, ignore_errors=True)
-            _prepare(path, folder, progress)
-            return _open(folder)
+            spec, tokenizer = _prepare(path, folder, progress)
+            return PreparedModel(spec, tokenizer, open_tile_file(folder / WEIGHTS))
     except OSError as error:
         raise TaelError(
             f"cannot write the repacked model to {folder.parent}: {error.strerror}; free some "
@@ -73,7 +74,7 @@ def _open(folder: Path) -> PreparedModel:
     return PreparedModel(
         spec=spec_from_json(json.loads((folder / "spec.json").read_text())),
         tokenizer=Tokenizer.load(folder),
-        weights=open_tile_file(folder / "weights.tael"),
+        weights=open_tile_file(folder / WEIGHTS),
     )
 
 
@@ -108,7 +109,9 @@ def _only_process(folder: Path) -> Iterator[None]:
         yield
 
 
-def _prepare(path: Path, folder: Path, progress: Callable[[float], None] | None) -> None:
+def _prepare(
+    path: Path, folder: Path, progress: Callable[[float], None] | None
+) -> tuple[ModelSpec, Tokenizer]:
     checkpoint = open_checkpoint(path)
     spec = read_spec(checkpoint)
     tokenizer = load_tokenizer(path, checkpoint)
@@ -123,11 +126,12 @@ def _prepare(path: Path, folder: Path, progress: Callable[[float], None] | None)
     scratch = folder.with_name(folder.name + SCRATCH_SUFFIX)
     scratch.mkdir()
     try:
-        write_tile_file(scratch / "weights.tael", checkpoint, spec, progress)
+        write_tile_file(scratch / WEIGHTS, checkpoint, spec, progress)
         tokenizer.save(scratch)
         (scratch / "spec.json").write_text(json.dumps(spec_to_json(spec)))
         (scratch / "source.json").write_text(json.dumps({"path": str(path.resolve())}))
         os.rename(scratch, folder)
+        return spec, tokenizer
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
