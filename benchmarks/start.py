@@ -4,8 +4,8 @@
 
 A round starts Tael with an empty cache (cold: weights are repacked and written to disk), again
 with what that left there (warm), and ``llama-bench`` with as long a prompt. The model file is in
-the page cache. Results go to ``benchmarks/results/start.json``; models that are there already and were not
-asked for stay.
+the page cache. Results go to ``benchmarks/results/start.json``; models that are there already and
+were not asked for stay.
 """
 
 from __future__ import annotations
