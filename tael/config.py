@@ -13,6 +13,10 @@ MAX_THREADS = 1024
 """More than any machine has cores: a slip of the keyboard."""
 
 
+KV_FORMATS = ("bf16", "q8", "k8v4")
+"""How complete KV blocks hold keys and values: as computed; in 8 bits; keys in 8 bits and values in
+4. Keys have a scale per channel of the block, values one per token (csrc/kernels/types.hpp)."""
+
 MAX_DRAFT_TOKENS = 15
 """Drafted tokens that one request can have verified in a step: 16 with the one before them."""
 
@@ -34,6 +38,12 @@ class SchedulerConfig:
         ones as that leaves. A batch too large to leave any gains nothing from drafts."""
         return max(self.max_num_seqs, 1 + MAX_DRAFT_TOKENS)
 
+    @property
+    def max_num_open_blocks(self) -> int:
+        """KV blocks that the tokens of a step lie in, of all sequences, and those that the other
+        running ones have begun: n consecutive tokens lie in at most (n + 62) // 32."""
+        return self.max_num_batched_tokens // BLOCK_SIZE + 2 * self.max_num_seqs
+
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
@@ -42,7 +52,8 @@ class EngineConfig:
     ``memory_bytes`` bounds the whole process: weights, KV cache, workspace and the
     interpreter (None: what the machine can spare). ``max_model_len`` bounds the context in
     tokens (None: what the model was trained for and the memory holds). ``speculation`` guesses
-    tokens from the text and verifies several at once; it changes no token.
+    tokens from the text and verifies several at once; it changes no token. ``kv_format`` is how
+    complete KV blocks are held (one of KV_FORMATS).
     """
 
     backend: str = "cpu"
@@ -50,11 +61,16 @@ class EngineConfig:
     max_model_len: int | None = None
     num_threads: int | None = None
     speculation: bool = True
+    kv_format: str = "bf16"
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
 
     def __post_init__(self) -> None:
         if self.max_model_len is not None and self.max_model_len < 1:
             raise TaelError(f"a context of {self.max_model_len} tokens holds nothing; raise it.")
+        if self.kv_format not in KV_FORMATS:
+            raise TaelError(
+                f"there is no KV format {self.kv_format!r}; choose {' or '.join(KV_FORMATS)}."
+            )
         if not 0 <= (self.num_threads or 0) <= MAX_THREADS:
             raise TaelError(
                 f"cannot compute with {self.num_threads} threads; give 1 to {MAX_THREADS}, or "

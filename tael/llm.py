@@ -23,7 +23,7 @@ from tael.loader.tokenizer import Tokenizer
 from tael.memory.budget import parse_bytes
 from tael.memory.process import release_freed_memory, rss_bytes
 from tael.models.registry import read_spec
-from tael.models.spec import ModelSpec
+from tael.models.spec import ModelSpec, with_kv_format
 from tael.request import FinishReason, SamplingParams, TokenLogprobs, Usage
 
 Message: TypeAlias = Mapping[str, str]
@@ -85,6 +85,7 @@ class LLM:
         max_num_seqs: int = 32,
         max_num_batched_tokens: int = 512,
         speculation: bool = True,
+        kv_format: str = "bf16",
         progress: Progress | None = None,
     ) -> None:
         config = EngineConfig(
@@ -93,6 +94,7 @@ class LLM:
             max_model_len=max_model_len,
             num_threads=num_threads,
             speculation=speculation,
+            kv_format=kv_format,
             scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens),
         )
         path = resolve(model, progress=progress)
@@ -258,11 +260,13 @@ def _load(
         model = load_prepared(path, _repacking(path, progress) if progress else None)
         release_freed_memory()
         baseline_bytes = rss_bytes()
-        backend = CPUBackend(model.spec, model.weights, config.num_threads)
-        return model.spec, model.tokenizer, backend, baseline_bytes
+        spec = with_kv_format(model.spec, config.kv_format)
+        backend = CPUBackend(spec, model.weights, config.num_threads)
+        return spec, model.tokenizer, backend, baseline_bytes
     if config.backend == "reference":
         checkpoint = open_checkpoint(path)
-        spec, tokenizer = read_spec(checkpoint), load_tokenizer(path, checkpoint)
+        spec = with_kv_format(read_spec(checkpoint), config.kv_format)
+        tokenizer = load_tokenizer(path, checkpoint)
         baseline_bytes = rss_bytes()
         return spec, tokenizer, ReferenceBackend(spec, checkpoint), baseline_bytes
     raise TaelError(f"there is no backend {config.backend!r}; choose cpu or reference.")

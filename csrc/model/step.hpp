@@ -34,6 +34,7 @@ struct Batch {
   const bool* full_logits;
   const int32_t* token_seq;
   std::vector<BlockTable> block_tables;  // one per cache group
+  std::vector<BlockTable> open_tables;   // likewise, if some group fills blocks in a pool of their own
 
   // One token per sequence: none reads what another of this step appends to the KV cache.
   bool is_decode() const { return num_tokens == num_seqs; }

@@ -64,9 +64,7 @@ def command(
     runs: int,
     as_json: bool,
     plot: Path | None,
-    memory: int | None,
-    threads: int | None,
-    context: int | None,
+    settings: dict[str, Any],
 ) -> None:
     """Measure prefill and decode, for every --depth and size of --batch, beside what the machine's
     memory and arithmetic allow."""
@@ -78,9 +76,9 @@ def command(
     from tael.loader.sources import resolve
 
     name = model or DEFAULT_MODEL
-    llm = open_llm(name, memory, threads, context, quiet=as_json)
+    llm = open_llm(name, quiet=as_json, **settings)
     weights = load_prepared(resolve(name)).weights
-    limits = measure_limits(threads or available_cores())
+    limits = measure_limits(settings["num_threads"] or available_cores())
     rows: list[dict[str, Any]] = []
     for num_tokens in depth:
         for batch_size in batch:

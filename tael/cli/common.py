@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import wraps
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
+
+from tael.config import KV_FORMATS
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -26,19 +29,36 @@ def byte_size(text: str) -> int:
 
 
 def model_options(command: F) -> F:
-    """How a model is loaded: the arguments of ``open_llm`` besides the name."""
-    for option in (
-        click.option("--context", type=int, metavar="TOKENS", help="Longest context."),
-        click.option("--threads", type=int, metavar="N", help="Threads to compute with."),
-        click.option(
+    """How a model is loaded: keyword arguments of ``LLM``, as the command's ``settings``."""
+    options = {
+        "memory": click.option(
             "--memory",
             type=byte_size,
             metavar="SIZE",
             help="Memory for everything, such as 2GiB.  [default: what the machine can spare]",
         ),
-    ):
-        command = option(command)
-    return command
+        "num_threads": click.option(
+            "--threads", "num_threads", type=int, metavar="N", help="Threads to compute with."
+        ),
+        "max_model_len": click.option(
+            "--context", "max_model_len", type=int, metavar="TOKENS", help="Longest context."
+        ),
+        "kv_format": click.option(
+            "--kv-format",
+            type=click.Choice(KV_FORMATS),
+            default="bf16",
+            show_default=True,
+            help="How the KV of complete blocks is held.",
+        ),
+    }
+
+    @wraps(command)
+    def with_settings(**arguments: Any) -> None:
+        command(settings={name: arguments.pop(name) for name in options}, **arguments)
+
+    for option in reversed(options.values()):
+        with_settings = option(with_settings)
+    return cast(F, with_settings)
 
 
 speculation_option = click.option(
@@ -47,7 +67,7 @@ speculation_option = click.option(
     help="Guess tokens from the text and verify several at once, which changes no token.  "
     "[default: on]",
 )
-"""Also an argument of ``open_llm``; not for what measures steps of one token."""
+"""An argument of ``LLM`` too, but not for what measures steps of one token."""
 
 
 def sampling_options(command: F) -> F:
@@ -70,27 +90,12 @@ def sampling_options(command: F) -> F:
     return command
 
 
-def open_llm(
-    model: str,
-    memory: int | None,
-    threads: int | None,
-    context: int | None,
-    *,
-    speculation: bool = True,
-    quiet: bool,
-) -> LLM:
+def open_llm(model: str, *, quiet: bool, **settings: Any) -> LLM:
     """Load a model, pulling it if need be, and say on stderr what it can hold."""
     from tael.llm import LLM
 
     with TransferBar() as progress:
-        llm = LLM(
-            model,
-            memory=memory,
-            max_model_len=context,
-            num_threads=threads,
-            speculation=speculation,
-            progress=progress,
-        )
+        llm = LLM(model, progress=progress, **settings)
     if not quiet:
         click.echo(f"{model}: {llm.engine.describe()}", err=True)
     return llm

@@ -27,6 +27,7 @@ def build_batch(scheduled: list[ScheduledRequest], manager: CacheManager) -> For
         token_ids += entry.draft_token_ids
         positions[start : start + count] += first - start
     tables = [manager.block_tables(entry.request) for entry in scheduled]
+    open_tables = [manager.open_tables(entry.request) for entry in scheduled]
     ends = zip(scheduled, query_start[1:].tolist(), strict=True)
     sampled = [range(end - entry.num_logits, end) for entry, end in ends]
     num_rows = [entry.num_logits for entry in scheduled]
@@ -36,6 +37,7 @@ def build_batch(scheduled: list[ScheduledRequest], manager: CacheManager) -> For
         positions=positions,
         query_start=query_start,
         block_tables=tuple(_padded(group) for group in zip(*tables, strict=True)),
+        open_tables=tuple(_padded(group) for group in zip(*open_tables, strict=True)),
         logits_indices=np.array(list(chain.from_iterable(sampled)), dtype=np.int32),
         temperatures=np.array([scaling_temperature(p) for p in params], np.float32).repeat(
             num_rows

@@ -91,11 +91,14 @@ class Engine:
         )
         plan = plan_pools(groups, kv_bytes, BLOCK_SIZE, longest, config.scheduler)
         self.max_model_len = plan.max_model_len
-        self.kv_store = KVStore(groups, plan.num_blocks)
-        backend.bind_kv(self.kv_store.pools)
+        num_open_blocks = config.scheduler.max_num_open_blocks
+        self.kv_store = KVStore(groups, plan.num_blocks, num_open_blocks)
+        backend.bind_kv(self.kv_store.pools, self.kv_store.open_pools)
         # Blocks live no longer than this engine and its weights, so the spec identifies them.
         fingerprint = hashlib.sha256(repr(spec).encode()).digest()
-        self.manager = CacheManager(groups, plan.num_blocks, BLOCK_SIZE, fingerprint)
+        self.manager = CacheManager(
+            groups, plan.num_blocks, BLOCK_SIZE, fingerprint, num_open_blocks
+        )
         drafter = Drafter() if config.speculation else None
         self.scheduler = Scheduler(config.scheduler, self.manager, self.max_model_len, drafter)
         self._unfinished: dict[str, list[_Completion]] = {}

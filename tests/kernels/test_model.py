@@ -62,11 +62,31 @@ def test_more_heads_than_rows_of_a_piece_over_partitions() -> None:
 
 
 @pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize("format_name", ["F16", "Q8_0"])
-def test_the_share_of_the_work_does_not_matter(format_name: str) -> None:
+@pytest.mark.parametrize("kv_format", ["q8", "k8v4"])
+@pytest.mark.parametrize("head_dim", [16, 48, 64, 256])
+def test_compressed_blocks_equal_reference(head_dim: int, kv_format: str) -> None:
+    """Over chunks of blocks; the last token sees the block before its own compressed."""
+    spec = random_spec(3, 2, head_dim, [None], kv_format)
+    assert largest_error(spec, 200, num_threads=2) < TOLERANCE
+    assert largest_error(spec, 32, num_threads=2) < TOLERANCE
+
+
+@pytest.mark.parametrize("window", [1, 31, 33, 200])
+@pytest.mark.parametrize("kv_format", ["q8", "k8v4"])
+def test_windows_over_compressed_blocks(window: int, kv_format: str) -> None:
+    spec = random_spec(2, 1, 16, [window], kv_format)
+    assert largest_error(spec, PARTITION + 70, num_threads=2) < TOLERANCE
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize(
+    ("format_name", "kv_format"),
+    [("F16", "bf16"), ("Q8_0", "bf16"), ("Q8_0", "q8"), ("Q8_0", "k8v4")],
+)
+def test_the_share_of_the_work_does_not_matter(format_name: str, kv_format: str) -> None:
     """Sequences of mixed lengths: each by itself on one thread, and all in random steps on
     several threads, more than there are cores."""
-    spec = random_spec(3, 2, 32, [None, 24, PARTITION + 1])
+    spec = random_spec(3, 2, 32, [None, 24, PARTITION + 1], kv_format)
     checkpoint = RandomCheckpoint(spec, format_name)
     tokens = [random_tokens(i, n) for i, n in enumerate([2 * PARTITION + 3, 1, 33, 60, 544])]
     lengths = [len(sequence) for sequence in tokens]
@@ -126,6 +146,7 @@ def test_a_batch_that_is_none_is_refused() -> None:
             positions[:2] + np.int32(first),
             starts,
             [tables],
+            [],
             last,
             np.full(num_logits, temperature, np.float32),
             np.zeros(num_logits, np.bool_),

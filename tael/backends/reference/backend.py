@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -18,7 +19,7 @@ from tael.backends.reference.layers import (
     rms_norm,
     rotary,
 )
-from tael.config import SchedulerConfig
+from tael.config import BLOCK_SIZE, SchedulerConfig
 from tael.loader.checkpoint import Checkpoint
 from tael.loader.weights import read_parameter
 from tael.models.spec import Attention, Dense, ModelSpec
@@ -48,7 +49,9 @@ class ReferenceBackend:
     def reserve(self, scheduler: SchedulerConfig, max_model_len: int) -> int:
         return scheduler.max_num_logits * self.spec.vocab_size * 4  # the logits
 
-    def bind_kv(self, pools: list[NDArray[np.uint8]]) -> None:
+    def bind_kv(
+        self, pools: Sequence[NDArray[np.uint8]], open_pools: Sequence[NDArray[np.uint8]] = ()
+    ) -> None:
         self.kv_cache = KVCache(self.spec, [len(pool) for pool in pools])
 
     def forward(self, batch: ForwardBatch) -> HeadOutput:
@@ -87,17 +90,20 @@ class ReferenceBackend:
         k = rotary(k, batch.positions, mixer.rope)
 
         mixed = np.empty((len(x), mixer.num_heads * mixer.head_dim), np.float32)
-        for s in range(len(batch.query_start) - 1):
-            tokens = slice(batch.query_start[s], batch.query_start[s + 1])
-            positions = batch.positions[tokens]
+        for s, end in enumerate(batch.query_start[1:]):
+            tokens = np.arange(batch.query_start[s], end)
             table = batch.block_tables[self.kv_cache.group_of_layer[layer]][s]
-            self.kv_cache.write(layer, table, positions, k[tokens], v[tokens])
-            start = 0 if mixer.window is None else max(0, positions[0] - mixer.window + 1)
-            seen = np.arange(start, positions[-1] + 1, dtype=np.int32)
-            keys, values = self.kv_cache.read(layer, table, seen)
-            mixed[tokens] = self.attend(
-                q[tokens], keys, values, positions, seen, mixer.scale, mixer.window
-            )
+            self.kv_cache.write(layer, table, batch.positions[tokens], k[tokens], v[tokens])
+            blocks = batch.positions[tokens] // BLOCK_SIZE
+            for block in np.unique(blocks):
+                own = tokens[blocks == block]
+                positions = batch.positions[own]
+                start = 0 if mixer.window is None else max(0, positions[0] - mixer.window + 1)
+                seen = np.arange(start, positions[-1] + 1, dtype=np.int32)
+                keys, values = self.kv_cache.read(layer, table, seen, block)
+                mixed[own] = self.attend(
+                    q[own], keys, values, positions, seen, mixer.scale, mixer.window
+                )
         return linear(mixed, p["o_proj.weight"], p.get("o_proj.bias"))
 
 
