@@ -151,6 +151,7 @@ struct ModelHandle {
         .plan = -1,
         .cache_group = number("cache_group"),
         .kv_format = kv_format_named(nb::cast<std::string>(attention["kv_format"])),
+        .key_summaries = nb::cast<bool>(attention["key_summaries"]),
         .layer_offset = nb::cast<int64_t>(attention["layer_offset"]),
         .open_layer_offset = nb::cast<int64_t>(attention["open_layer_offset"]),
     };
@@ -187,7 +188,7 @@ template <class T> auto view(nb::handle self, const Buffer<T>& buffer, int64_t r
 
 nb::tuple forward(nb::handle_t<ModelHandle> self, Ints token_ids, Ints positions, Ints query_start,
                   const std::vector<Ints2D>& block_tables, const std::vector<Ints2D>& open_tables,
-                  Ints logits_indices, Floats temperatures, Bools full_logits) {
+                  Ints logits_indices, Floats temperatures, Bools full_logits, std::optional<Ints> kv_budgets) {
   Model& model = nb::cast<ModelHandle&>(self).model;
   Batch batch{};
   batch.num_tokens = int64_t(token_ids.size());
@@ -202,6 +203,8 @@ nb::tuple forward(nb::handle_t<ModelHandle> self, Ints token_ids, Ints positions
   batch.logits_indices = logits_indices.data();
   batch.temperatures = temperatures.data();
   batch.full_logits = full_logits.data();
+  if (kv_budgets && kv_budgets->size() != token_ids.size()) throw std::invalid_argument("one KV budget a token");
+  batch.kv_budgets = kv_budgets ? kv_budgets->data() : nullptr;
   const auto tables = [&](const std::vector<Ints2D>& arrays, std::vector<Batch::BlockTable>& out) {
     for (const Ints2D& table : arrays) {
       if (int64_t(table.shape(0)) != batch.num_seqs) throw std::invalid_argument("one block table row a sequence");
@@ -229,6 +232,7 @@ NB_MODULE(_native, m) {
   using namespace tael;
   m.attr("BLOCK_TOKENS") = kBlockTokens;
   m.attr("MAX_HEAD_DIM") = kMaxHeadDim;
+  m.attr("MIN_BUDGET_BLOCKS") = kMinBudgetBlocks;
 #if defined(__clang__)
   m.attr("COMPILER") = __VERSION__;
 #else
@@ -285,7 +289,7 @@ NB_MODULE(_native, m) {
       .def("bind_kv", &ModelHandle::bind_kv, "cache_group"_a, "blocks"_a.noconvert(), "open_blocks"_a.noconvert() = nb::none())
       .def_prop_ro("workspace_bytes", [](const ModelHandle& self) { return self.model.workspace_bytes(); })
       .def("forward", &forward, "token_ids"_a, "positions"_a, "query_start"_a, "block_tables"_a, "open_tables"_a,
-           "logits_indices"_a, "temperatures"_a, "full_logits"_a)
+           "logits_indices"_a, "temperatures"_a, "full_logits"_a, "kv_budgets"_a = nb::none())
       .def("draw", [](const ModelHandle& self, int64_t row, double uniform) {
         const Candidate drawn = self.model.draw(row, uniform);
         return nb::make_tuple(drawn.token_id, drawn.logit);

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 BLOCK_TOKENS: int
 MAX_HEAD_DIM: int
+MIN_BUDGET_BLOCKS: int
 COMPILER: str
 
 def supported_isas() -> list[str]:
@@ -81,6 +82,7 @@ class Model:
         logits_indices: NDArray[np.int32],
         temperatures: NDArray[np.float32],
         full_logits: NDArray[np.bool_],
+        kv_budgets: NDArray[np.int32] | None = None,
     ) -> tuple[
         NDArray[np.int32],
         NDArray[np.float32],

@@ -9,6 +9,12 @@ from tael.errors import TaelError
 BLOCK_SIZE = 32
 """Tokens per KV block. Kernels accumulate attention in chunks of one block."""
 
+NUM_SINK_BLOCKS, NUM_RECENT_BLOCKS = 4, 4
+"""Complete blocks that a query reads whatever its budget: the first and the last."""
+
+MIN_BUDGET_BLOCKS = NUM_SINK_BLOCKS + NUM_RECENT_BLOCKS + 1
+"""With the one that the query is in."""
+
 MAX_THREADS = 1024
 """More than any machine has cores: a slip of the keyboard."""
 
@@ -53,7 +59,9 @@ class EngineConfig:
     interpreter (None: what the machine can spare). ``max_model_len`` bounds the context in
     tokens (None: what the model was trained for and the memory holds). ``speculation`` guesses
     tokens from the text and verifies several at once; it changes no token. ``kv_format`` is how
-    complete KV blocks are held (one of KV_FORMATS).
+    complete KV blocks are held (one of KV_FORMATS). ``kv_budget`` and ``prefill_budget`` bound the
+    tokens of context whose KV each query of the answer and of the prompt reads per KV head under
+    full attention (None: all).
     """
 
     backend: str = "cpu"
@@ -62,7 +70,13 @@ class EngineConfig:
     num_threads: int | None = None
     speculation: bool = True
     kv_format: str = "bf16"
+    kv_budget: int | None = None
+    prefill_budget: int | None = None
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+
+    @property
+    def reads_sparsely(self) -> bool:
+        return self.kv_budget is not None or self.prefill_budget is not None
 
     def __post_init__(self) -> None:
         if self.max_model_len is not None and self.max_model_len < 1:
@@ -71,6 +85,12 @@ class EngineConfig:
             raise TaelError(
                 f"there is no KV format {self.kv_format!r}; choose {' or '.join(KV_FORMATS)}."
             )
+        for budget in (self.kv_budget, self.prefill_budget):
+            if budget is not None and budget < MIN_BUDGET_BLOCKS * BLOCK_SIZE:
+                raise TaelError(
+                    f"a KV budget of {budget} tokens does not hold the first and the last blocks; "
+                    f"give at least {MIN_BUDGET_BLOCKS * BLOCK_SIZE}."
+                )
         if not 0 <= (self.num_threads or 0) <= MAX_THREADS:
             raise TaelError(
                 f"cannot compute with {self.num_threads} threads; give 1 to {MAX_THREADS}, or "

@@ -86,6 +86,8 @@ class LLM:
         max_num_batched_tokens: int = 512,
         speculation: bool = True,
         kv_format: str = "bf16",
+        kv_budget: int | None = None,
+        prefill_budget: int | None = None,
         progress: Progress | None = None,
     ) -> None:
         config = EngineConfig(
@@ -95,6 +97,8 @@ class LLM:
             num_threads=num_threads,
             speculation=speculation,
             kv_format=kv_format,
+            kv_budget=kv_budget,
+            prefill_budget=prefill_budget,
             scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens),
         )
         path = resolve(model, progress=progress)
@@ -260,12 +264,12 @@ def _load(
         model = load_prepared(path, _repacking(path, progress) if progress else None)
         release_freed_memory()
         baseline_bytes = rss_bytes()
-        spec = with_kv_format(model.spec, config.kv_format)
+        spec = with_kv_format(model.spec, config.kv_format, config.reads_sparsely)
         backend = CPUBackend(spec, model.weights, config.num_threads)
         return spec, model.tokenizer, backend, baseline_bytes
     if config.backend == "reference":
         checkpoint = open_checkpoint(path)
-        spec = with_kv_format(read_spec(checkpoint), config.kv_format)
+        spec = with_kv_format(read_spec(checkpoint), config.kv_format, config.reads_sparsely)
         tokenizer = load_tokenizer(path, checkpoint)
         baseline_bytes = rss_bytes()
         return spec, tokenizer, ReferenceBackend(spec, checkpoint), baseline_bytes

@@ -46,6 +46,7 @@ def random_spec(
     head_dim: int,
     windows: list[int | None],
     kv_format: str = "bf16",
+    key_summaries: bool = False,
 ) -> ModelSpec:
     """One layer per window. Scores are large enough that some positions dominate."""
     half = head_dim // 2
@@ -60,6 +61,7 @@ def random_spec(
                 scale=2 * head_dim**-0.5,
                 window=window,
                 kv_format=kv_format,
+                key_summaries=key_summaries and window is None,
             ),
             Dense(96, "silu"),
         )
@@ -127,6 +129,10 @@ class RoundingReference(ReferenceBackend):
     def bind_kv(self, pools: Any, open_pools: Any = ()) -> None:
         self.kv_cache = _RoundingKVCache(self.spec, [len(pool) for pool in pools])
 
+    @staticmethod
+    def scored(q: Any, scale: float) -> Any:
+        return bf16(np.float32(scale * np.log2(np.e)) * q)
+
     def attend(
         self,
         q: Any,
@@ -169,10 +175,15 @@ class _RoundingKVCache(KVCache):
 
 
 def compute(
-    spec: ModelSpec, backend: Backend, sequences: list[NDArray[np.int32]], steps: list[Step]
+    spec: ModelSpec,
+    backend: Backend,
+    sequences: list[NDArray[np.int32]],
+    steps: list[Step],
+    kv_budgets: NDArray[np.int32] | None = None,
 ) -> list[NDArray[np.float32]]:
     """The logits of every token of each sequence. Blocks are handed out at random, filled with
-    NaN, and taken back once behind the window or when the sequence ends."""
+    NaN, and taken back once behind the window or when the sequence ends. ``kv_budgets`` are by
+    position."""
     groups = cache_groups(spec, BLOCK_SIZE)
     num_blocks = sum(-(-len(tokens) // BLOCK_SIZE) for tokens in sequences)
     width = -(-MAX_MODEL_LEN // BLOCK_SIZE)
@@ -206,6 +217,9 @@ def compute(
                 logits_indices=np.arange(query_start[-1], dtype=np.int32),
                 temperatures=np.ones(query_start[-1], np.float32),
                 full_logits=np.ones(query_start[-1], np.bool_),
+                kv_budgets=None
+                if kv_budgets is None
+                else kv_budgets[np.concatenate(list(spans.values()))],
             )
         ).logits
         for i, (s, n) in enumerate(step.items()):

@@ -89,6 +89,14 @@ enum class KVFormat : int { BF16, Q8, K8V4 };
 constexpr int kNumKVFormats = 3;
 inline constexpr const char* kKVFormatNames[kNumKVFormats] = {"bf16", "q8", "k8v4"};
 
+// Places in the bf16 layout, from the start of K and of V.
+constexpr int64_t key_place(int head_dim, int token, int channel) {
+  return int64_t(token / 16) * head_dim * 16 + channel / 2 * 32 + token % 16 * 2 + channel % 2;
+}
+constexpr int64_t value_place(int head_dim, int token, int channel) {
+  return int64_t(token / 2) * head_dim * 2 + channel * 2 + token % 2;
+}
+
 constexpr int64_t bf16_head_bytes(int head_dim) { return 4 * int64_t(kBlockTokens) * head_dim; }
 constexpr int64_t q8_key_bytes(int head_dim) { return (kBlockTokens + 2) * int64_t(head_dim); }
 
@@ -175,6 +183,9 @@ struct Kernels {
   void (*attention_partition)(const AttentionTask& task, int partition, float* states);
   // total = total merged with next.
   void (*attention_merge)(float* total, const float* next, int num_rows, int head_dim);
+  // For each of num_blocks entries of the task's block table, a bound of its queries' scores.
+  void (*score_blocks)(const AttentionTask& task, const uint8_t* summaries, int64_t block_bytes, int num_blocks,
+                       float* scores);
   // out[head_dim] = values / sum, of one row.
   void (*attention_finish)(const float* state, int head_dim, float* out);
   // Of logits, in vectors of 16: the largest; the sum of exp(factor * (x - maximum)), maximum finite;

@@ -36,6 +36,12 @@ int AttentionPlan::tokens_per_piece() const {
   return tokens;
 }
 
+// Blocks that the queries of a token read; 0 where that is all of them.
+int32_t AttentionPlan::budget(const Batch& batch, int32_t token) const {
+  if (!batch.kv_budgets || shape_.window != INT32_MAX) return 0;
+  return batch.positions[token] / kBlockTokens < batch.kv_budgets[token] ? 0 : batch.kv_budgets[token];
+}
+
 void AttentionPlan::prepare(const Batch& batch) {
   spans_.clear();
   for (int32_t s = 0; s < batch.num_seqs; ++s)
@@ -53,30 +59,35 @@ void AttentionPlan::prepare(const Batch& batch) {
   pieces_.clear();
   int64_t shared = 0;
   int32_t num_merges = 0;
-  for (const BlockSpan& span : spans_)
-    for (int32_t token = span.first_token; token < span.first_token + span.num_tokens; token += step) {
-      const int32_t count = std::min(step, span.first_token + span.num_tokens - token);
+  for (const BlockSpan& span : spans_) {
+    const int32_t end = span.first_token + span.num_tokens;
+    for (int32_t token = span.first_token, count; token < end; token += count) {
+      const int32_t budget = this->budget(batch, token);
+      count = 1;
+      while (budget == 0 && count < step && token + count < end && this->budget(batch, token + count) == 0) ++count;
       const int64_t oldest = int64_t(batch.positions[token]) - shape_.window + 1;
       const int32_t first = int32_t(std::max<int64_t>(0, oldest) / kPartitionTokens);
       const int32_t last = batch.positions[token + count - 1] / kPartitionTokens + 1;
       const int64_t floats =
           int64_t(count) * shape_.heads_per_kv_head() * attention_state_floats(shape_.head_dim);
       for (int32_t head = 0; head < shape_.num_kv_heads; ++head) {
-        const bool cut = few && num_threads_ > 1 && last - first > 1 &&
+        const bool cut = few && num_threads_ > 1 && last - first > 1 && budget == 0 &&
                          shared + (last - first) * floats <= max_shared_;
         if (!cut) {
-          pieces_.push_back({span.seq, head, token, count, first, last, -1});
+          pieces_.push_back({span.seq, head, token, count, first, last, -1, budget});
           continue;
         }
         AttentionMerge& merge = merges_[num_merges];  // there are fewer than 4 per thread
         merge.states = shared;
         merge.first_partition = first;
         merge.num_partitions = last - first;
-        for (int32_t p = first; p < last; ++p) pieces_.push_back({span.seq, head, token, count, p, p + 1, num_merges});
+        for (int32_t p = first; p < last; ++p)
+          pieces_.push_back({span.seq, head, token, count, p, p + 1, num_merges, 0});
         shared += (last - first) * floats;
         ++num_merges;
       }
     }
+  }
 }
 
 }  // namespace tael

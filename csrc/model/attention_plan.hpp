@@ -34,6 +34,7 @@ struct AttentionPiece {
   int32_t first_partition;
   int32_t last_partition;  // exclusive
   int32_t merge;           // index; -1: not cut
+  int32_t budget;          // blocks that its only token reads; 0: all
 };
 
 struct AttentionMerge {
@@ -60,6 +61,7 @@ class AttentionPlan {
 
  private:
   int tokens_per_piece() const;
+  int32_t budget(const Batch& batch, int32_t token) const;
 
   AttentionShape shape_;
   int num_threads_;

@@ -32,6 +32,7 @@ void Model::add_layer(AttentionConfig attention, AttentionWeights weights, Dense
     open_pools_.resize(attention.cache_group + 1);
   }
   unpacks_ |= attention.kv_format != KVFormat::BF16;
+  selects_ |= attention.key_summaries;
   layers_.push_back({AttentionLayer(attention, std::move(weights)), std::move(ffn), std::move(norms)});
 }
 
@@ -49,7 +50,7 @@ int64_t Model::Stream::bytes() const {
 
 Model::Workspace::Workspace(const Limits& limits, int num_threads, const Model& model)
     : update(limits.max_tokens, model.config_.hidden_size),
-      attention(limits, num_threads, model.plans_, model.unpacks_),
+      attention(limits, num_threads, model.plans_, model.unpacks_, model.selects_),
       dense(model.dense_workspace(limits)),
       shared(limits.max_tokens, model),
       token_seq(limits.max_tokens) {
@@ -91,16 +92,17 @@ void Model::bind_kv(int cache_group, const BlockPool& blocks, const BlockPool& o
   for (Layer& layer : layers_) {
     const AttentionConfig& config = layer.attention.config();
     if (config.cache_group != cache_group) continue;
-    const auto part = [&](const BlockPool& pool, int64_t offset, KVFormat format) -> KVPool {
+    const auto part = [&](const BlockPool& pool, int64_t offset, KVFormat format, bool summaries) -> KVPool {
       const int64_t head_bytes = kv_head_bytes(format, config.shape.head_dim);
-      if (pool.num_blocks > 0 && offset + config.shape.num_kv_heads * head_bytes > pool.block_bytes)
+      const int64_t all_bytes = head_bytes + (summaries ? summary_bytes(config.shape.head_dim) : 0);
+      if (pool.num_blocks > 0 && offset + config.shape.num_kv_heads * all_bytes > pool.block_bytes)
         throw std::invalid_argument("KV blocks are too small");
       return {pool.num_blocks > 0 ? pool.data : nullptr, pool.block_bytes, offset, head_bytes};
     };
     if (config.kv_format != KVFormat::BF16 && open.num_blocks == 0)
       throw std::invalid_argument("blocks that are being filled need a pool");
-    layer.attention.bind_kv(part(blocks, config.layer_offset, config.kv_format),
-                            part(open, config.open_layer_offset, KVFormat::BF16));
+    layer.attention.bind_kv(part(blocks, config.layer_offset, config.kv_format, config.key_summaries),
+                            part(open, config.open_layer_offset, KVFormat::BF16, false));
   }
   pools_.at(cache_group) = blocks;
   open_pools_.at(cache_group) = open;
@@ -121,6 +123,8 @@ void Model::check(const Batch& batch) const {
     require(batch.logits_indices[i] >= 0 && batch.logits_indices[i] < batch.num_tokens, "logits index");
     require(batch.temperatures[i] > 0.0f, "temperature is not above 0");
   }
+  for (int64_t t = 0; batch.kv_budgets && t < batch.num_tokens; ++t)
+    require(batch.kv_budgets[t] == 0 || (selects_ && batch.kv_budgets[t] >= kMinBudgetBlocks), "KV budget too small");
   for (int64_t t = 0; t < batch.num_tokens; ++t)
     require(batch.token_ids[t] >= 0 && batch.token_ids[t] < config_.vocab_size, "token id beyond vocabulary");
   for (int64_t s = 0; s < batch.num_seqs; ++s) {

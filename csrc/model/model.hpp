@@ -98,6 +98,7 @@ class Model {
   std::vector<Layer> layers_;
   std::vector<BlockPool> pools_, open_pools_;  // per cache group
   bool unpacks_ = false;  // blocks of some layer are compressed
+  bool selects_ = false;  // or have summaries
   std::unique_ptr<Workspace> ws_;
 };
 

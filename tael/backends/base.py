@@ -40,6 +40,10 @@ class ForwardBatch:
     """One per cache group, or none if no group fills its blocks in a pool of their own:
     [num_seqs, max_num_open_blocks]. Entry i of a row is the block of that pool for entry
     ``positions[query_start[s]] // block_size + i`` of the block table."""
+    kv_budgets: NDArray[np.int32] | None = None
+    """[num_tokens] blocks that a token's queries read of each KV head under full attention, its own
+    included: the first and the last few, and those with the highest bound of their scores. At least
+    MIN_BUDGET_BLOCKS; 0, or None for all: every block."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,19 @@ def model_options(command: F) -> F:
             show_default=True,
             help="How the KV of complete blocks is held.",
         ),
+        "kv_budget": click.option(
+            "--kv-budget",
+            type=int,
+            metavar="TOKENS",
+            help="Context that each token of the answer reads, chosen anew for every token and KV "
+            "head.  [default: all]",
+        ),
+        "prefill_budget": click.option(
+            "--prefill-budget",
+            type=int,
+            metavar="TOKENS",
+            help="The same for each token of the prompt.  [default: all]",
+        ),
     }
 
     @wraps(command)

@@ -74,6 +74,7 @@ class Engine:
         baseline_bytes: int,
     ) -> None:
         self.spec = spec
+        self.config = config
         self.backend = backend
         self.tokenizer = tokenizer
         if config.memory_bytes is None:
@@ -152,7 +153,7 @@ class Engine:
         ERROR; any other is raised.
         """
         schedule = self.scheduler.schedule()
-        result = run_step(schedule, self.manager, self.backend, self._sample)
+        result = run_step(schedule, self.manager, self.backend, self.config, self._sample)
         deltas = [self._fail(self._completions[key], e) for key, e in result.errors.items()]
         pieces: dict[str, Piece] = {}
         for key, token_ids in result.token_ids.items():

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from tael.backends.base import Backend, HeadOutput
 from tael.cache.manager import CacheManager
+from tael.config import EngineConfig
 from tael.engine.batch import build_batch
 from tael.engine.scheduler import Schedule, ScheduledRequest
 from tael.request import TokenLogprobs
@@ -27,14 +28,18 @@ Sample = Callable[[str, HeadOutput, int, Sequence[int]], tuple[int, TokenLogprob
 
 
 def run_step(
-    schedule: Schedule, manager: CacheManager, backend: Backend, sample: Sample
+    schedule: Schedule,
+    manager: CacheManager,
+    backend: Backend,
+    config: EngineConfig,
+    sample: Sample,
 ) -> StepResult:
     """Compute a schedule and call ``sample(request_id, head, row, accepted)`` for each request that
     samples; again for the next row, with the tokens so far as ``accepted``, as long as the token
     is the drafted one. That choice does not depend on what was drafted, so neither does the
     output. An exception of ``sample`` is that request's alone; one of the backend concerns all
     and is raised."""
-    head = backend.forward(build_batch(schedule.scheduled, manager))
+    head = backend.forward(build_batch(schedule.scheduled, manager, config))
     result = StepResult()
     row = 0
     for entry in schedule.scheduled:

@@ -30,7 +30,7 @@ class CacheSpec:
     """What one layer keeps per sequence."""
 
     bytes_per_token: int
-    """Of complete blocks, scales included."""
+    """Of complete blocks, scales and summaries included."""
     open_bytes_per_token: int
     """Of the block that is being filled."""
     window: int | None
@@ -54,6 +54,8 @@ class Attention:
     """RMSNorm over each head of q and k, before the rotary embedding."""
     kv_format: str = "bf16"
     """One of ``tael.config.KV_FORMATS``."""
+    key_summaries: bool = False
+    """Complete blocks keep the least and the largest key of every channel, for sparse reading."""
 
     @property
     def cache_spec(self) -> CacheSpec:
@@ -61,9 +63,8 @@ class Attention:
         bf16 = 2 * d + 2 * d
         key_q8 = d + 2 * d // BLOCK_SIZE
         head_bytes = {"bf16": bf16, "q8": key_q8 + d + 2, "k8v4": key_q8 + d // 2 + 4}
-        return CacheSpec(
-            self.num_kv_heads * head_bytes[self.kv_format], self.num_kv_heads * bf16, self.window
-        )
+        complete = head_bytes[self.kv_format] + (4 * d // BLOCK_SIZE if self.key_summaries else 0)
+        return CacheSpec(self.num_kv_heads * complete, self.num_kv_heads * bf16, self.window)
 
     def parameters(self, hidden_size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
@@ -198,12 +199,15 @@ def cache_groups(spec: ModelSpec, block_size: int) -> tuple[CacheGroup, ...]:
     return tuple(_cache_group(spec, tuple(by_window[w]), w, block_size) for w in windows)
 
 
-def with_kv_format(spec: ModelSpec, kv_format: str) -> ModelSpec:
-    """The model with the KV of every layer in one of ``tael.config.KV_FORMATS``."""
-    layers = tuple(
-        replace(layer, mixer=replace(layer.mixer, kv_format=kv_format)) for layer in spec.layers
-    )
-    return replace(spec, layers=layers)
+def with_kv_format(spec: ModelSpec, kv_format: str, key_summaries: bool = False) -> ModelSpec:
+    """The model with the KV of every layer in one of ``tael.config.KV_FORMATS``, and summaries in
+    those of full attention if asked for."""
+    layers = []
+    for layer in spec.layers:
+        summaries = key_summaries and layer.mixer.window is None
+        mixer = replace(layer.mixer, kv_format=kv_format, key_summaries=summaries)
+        layers.append(replace(layer, mixer=mixer))
+    return replace(spec, layers=tuple(layers))
 
 
 def _cache_group(

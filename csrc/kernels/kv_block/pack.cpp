@@ -11,14 +11,6 @@ namespace {
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-// Places in the bf16 layout, from the start of K and of V.
-int64_t key_place(int head_dim, int token, int channel) {
-  return int64_t(token / 16) * head_dim * 16 + channel / 2 * 32 + token % 16 * 2 + channel % 2;
-}
-int64_t value_place(int head_dim, int token, int channel) {
-  return int64_t(token / 2) * head_dim * 2 + channel * 2 + token % 2;
-}
-
 float rounded(float x, float least, float most) { return std::fmin(std::fmax(std::nearbyint(x), least), most); }
 
 // A scale of 0 or NaN makes every value the same, whatever its number.

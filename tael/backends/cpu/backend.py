@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 from tael import _native
 from tael.backends.base import NUM_CANDIDATES, ForwardBatch, HeadOutput
-from tael.config import BLOCK_SIZE, SchedulerConfig
+from tael.config import BLOCK_SIZE, MIN_BUDGET_BLOCKS, SchedulerConfig
 from tael.errors import TaelError
 from tael.loader.tile_file import TileFile
 from tael.models.spec import Attention, LayerSpec, ModelSpec, Rope, cache_groups
 
-if _native.BLOCK_TOKENS != BLOCK_SIZE:
-    raise ImportError("tael._native was built for another block size; build it again.")
+if _native.BLOCK_TOKENS != BLOCK_SIZE or _native.MIN_BUDGET_BLOCKS != MIN_BUDGET_BLOCKS:
+    raise ImportError("tael._native was built for other block sizes; build it again.")
 
 
 class CPUBackend:
@@ -87,6 +87,7 @@ class CPUBackend:
             batch.logits_indices,
             batch.temperatures,
             batch.full_logits,
+            batch.kv_budgets,
         )
         return HeadOutput(*output, draw=self._native.draw)
 
@@ -106,6 +107,7 @@ class CPUBackend:
                 "window": mixer.window,
                 "rope": self._rope(mixer),
                 "kv_format": mixer.kv_format,
+                "key_summaries": mixer.key_summaries,
                 **place,
                 **{role: self._matrix(f"{prefix}{role}_proj.weight") for role in "qkvo"},
                 **{f"{role}_bias": self._vector(f"{prefix}{role}_proj.bias") for role in "qkvo"},

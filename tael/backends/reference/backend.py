@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tael.backends.base import ForwardBatch, HeadOutput
+from tael.backends.reference.block_selection import chosen_blocks
 from tael.backends.reference.head import head_output
 from tael.backends.reference.kv_cache import KVCache
 from tael.backends.reference.layers import (
@@ -95,16 +96,72 @@ class ReferenceBackend:
             table = batch.block_tables[self.kv_cache.group_of_layer[layer]][s]
             self.kv_cache.write(layer, table, batch.positions[tokens], k[tokens], v[tokens])
             blocks = batch.positions[tokens] // BLOCK_SIZE
+            budgets = np.zeros(len(tokens), np.int32)
+            if batch.kv_budgets is not None and mixer.window is None:
+                budgets = np.where(blocks < batch.kv_budgets[tokens], 0, batch.kv_budgets[tokens])
             for block in np.unique(blocks):
-                own = tokens[blocks == block]
-                positions = batch.positions[own]
-                start = 0 if mixer.window is None else max(0, positions[0] - mixer.window + 1)
-                seen = np.arange(start, positions[-1] + 1, dtype=np.int32)
-                keys, values = self.kv_cache.read(layer, table, seen, block)
-                mixed[own] = self.attend(
-                    q[own], keys, values, positions, seen, mixer.scale, mixer.window
-                )
+                own = tokens[(blocks == block) & (budgets == 0)]
+                if len(own):
+                    mixed[own] = self._attend_all(q[own], mixer, layer, table, batch.positions[own])
+            for token, budget in zip(tokens[budgets > 0], budgets[budgets > 0], strict=True):
+                position = int(batch.positions[token])
+                mixed[token] = self._attend_some(q[token], mixer, layer, table, position, budget)
         return linear(mixed, p["o_proj.weight"], p.get("o_proj.bias"))
+
+    def _attend_all(
+        self,
+        q: Float32,
+        mixer: Attention,
+        layer: int,
+        table: NDArray[np.int32],
+        positions: NDArray[np.int32],
+    ) -> Float32:
+        """Queries [T, H, D] of one block over all that they see."""
+        start = 0 if mixer.window is None else max(0, positions[0] - mixer.window + 1)
+        seen = np.arange(start, positions[-1] + 1, dtype=np.int32)
+        keys, values = self.kv_cache.read(layer, table, seen, positions[0] // BLOCK_SIZE)
+        return self.attend(q, keys, values, positions, seen, mixer.scale, mixer.window)
+
+    def _attend_some(
+        self,
+        q: Float32,
+        mixer: Attention,
+        layer: int,
+        table: NDArray[np.int32],
+        position: int,
+        budget: int,
+    ) -> Float32:
+        """Queries [H, D] of one token over ``budget`` blocks, chosen for each KV head."""
+        own = position // BLOCK_SIZE
+        least, largest = self.kv_cache.summaries(layer, table[:own])
+        grouped = q.reshape(mixer.num_kv_heads, -1, mixer.head_dim)
+        mixed = []
+        for head, queries in enumerate(grouped):
+            blocks = chosen_blocks(
+                self.scored(queries, mixer.scale), least[:, head], largest[:, head], budget
+            )
+            seen = (blocks[:, None] * BLOCK_SIZE + np.arange(BLOCK_SIZE)).ravel()
+            seen = np.append(seen, np.arange(own * BLOCK_SIZE, position + 1)).astype(np.int32)
+            keys, values = self.kv_cache.read(layer, table, seen, own)
+            # As if the sequence had no other blocks.
+            places = np.arange(len(seen), dtype=np.int32)
+            mixed.append(
+                self.attend(
+                    queries[None],
+                    keys[:, head : head + 1],
+                    values[:, head : head + 1],
+                    places[-1:],
+                    places,
+                    mixer.scale,
+                    None,
+                )
+            )
+        return np.concatenate(mixed, axis=1)[0]
+
+    @staticmethod
+    def scored(q: Float32, scale: float) -> Float32:
+        """The queries whose scores with the summaries choose the blocks."""
+        return np.float32(scale) * q
 
 
 def _dense(ffn: Dense, p: dict[str, Float32], x: Float32) -> Float32:

@@ -50,6 +50,11 @@ class KVCache:
         kv[own] = self._layers[layer][blocks[own], :, slots[own]]
         return kv[:, 0], kv[:, 1]
 
+    def summaries(self, layer: int, blocks: Int32) -> tuple[Float32, Float32]:
+        """The least and the largest key of every channel, [len(blocks), num_kv_heads, head_dim]."""
+        keys = self._layers[layer][blocks, 0]
+        return keys.min(axis=1), keys.max(axis=1)
+
     def _read_back(self, layer: int, block: Float32) -> Float32:
         return decoded(self._formats[layer], block)
 
