@@ -67,6 +67,7 @@ def command(
     memory: int | None,
     threads: int | None,
     context: int | None,
+    rope_scaling: str | None,
 ) -> None:
     """Measure prefill and decode, for every --depth and size of --batch, beside what the machine's
     memory and arithmetic allow."""
@@ -78,7 +79,7 @@ def command(
     from tael.loader.sources import resolve
 
     name = model or DEFAULT_MODEL
-    llm = open_llm(name, memory, threads, context, quiet=as_json)
+    llm = open_llm(name, memory, threads, context, rope_scaling, quiet=as_json)
     weights = load_prepared(resolve(name)).weights
     limits = measure_limits(threads or available_cores())
     rows: list[dict[str, Any]] = []

@@ -65,6 +65,7 @@ def command(
     memory: int | None,
     threads: int | None,
     context: int | None,
+    rope_scaling: str | None,
     speculation: bool,
     **sampling: Any,
 ) -> None:
@@ -79,7 +80,9 @@ def command(
 
     params = SamplingParams(**sampling)
     model = model or DEFAULT_MODEL
-    with open_llm(model, memory, threads, context, speculation=speculation, quiet=False) as llm:
+    with open_llm(
+        model, memory, threads, context, rope_scaling, speculation=speculation, quiet=False
+    ) as llm:
         if not llm.engine.tokenizer.has_chat_template:
             raise TaelError(f"{model} has no chat template; complete texts with: tael run {model}.")
         chat = Chat(llm, params, system)

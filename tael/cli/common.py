@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from types import TracebackType
@@ -25,10 +26,25 @@ def byte_size(text: str) -> int:
     return parse_bytes(text)
 
 
+def token_count(text: str) -> int:
+    """Tokens in a count such as 32768 or 32K: the type of a click option."""
+    match = re.fullmatch(r"(\d{1,12})([km]?)", text, re.IGNORECASE)
+    if match is None:
+        raise click.BadParameter(f"{text!r} is no number of tokens such as 32768, 32K or 1M")
+    return int(match[1]) << {"": 0, "k": 10, "m": 20}[match[2].lower()]
+
+
 def model_options(command: F) -> F:
     """How a model is loaded: the arguments of ``open_llm`` besides the name."""
     for option in (
-        click.option("--context", type=int, metavar="TOKENS", help="Longest context."),
+        click.option(
+            "--rope-scaling",
+            metavar="KIND[:FACTOR]",
+            help="Go beyond the trained context: yarn or dynamic.",
+        ),
+        click.option(
+            "--context", type=token_count, metavar="TOKENS", help="Longest context, such as 32K."
+        ),
         click.option("--threads", type=int, metavar="N", help="Threads to compute with."),
         click.option(
             "--memory",
@@ -75,6 +91,7 @@ def open_llm(
     memory: int | None,
     threads: int | None,
     context: int | None,
+    rope_scaling: str | None,
     *,
     speculation: bool = True,
     quiet: bool,
@@ -87,6 +104,7 @@ def open_llm(
             model,
             memory=memory,
             max_model_len=context,
+            rope_scaling=rope_scaling,
             num_threads=threads,
             speculation=speculation,
             progress=progress,

@@ -48,6 +48,7 @@ def command(
     memory: int | None,
     threads: int | None,
     context: int | None,
+    rope_scaling: str | None,
     speculation: bool,
     **sampling: Any,
 ) -> None:
@@ -58,7 +59,9 @@ def command(
     model, question = _model_and_question(words)
     text = _prompt_text(question, files)
     params = SamplingParams(**sampling)
-    with open_llm(model, memory, threads, context, speculation=speculation, quiet=as_json) as llm:
+    with open_llm(
+        model, memory, threads, context, rope_scaling, speculation=speculation, quiet=as_json
+    ) as llm:
         prompt = _prompt(llm, model, text, system, raw)
         if as_json:
             _print_json(llm, model, prompt, params)
