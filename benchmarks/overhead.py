@@ -29,8 +29,8 @@ RESULTS = Path(__file__).with_name("results") / "overhead.json"
 MODELS = ("smollm2:135m", "qwen2.5-coder:0.5b")
 BATCHES = (1, 32)
 TEXT = (Path(__file__).parents[1] / "examples" / "stock.py").read_text()
-NUM_PROMPT_TOKENS = 128
-NUM_DECODE_TOKENS = 48
+NUM_PROMPT_TOKENS = 96
+NUM_DECODE_TOKENS = 40
 
 
 class TimedModel:
