@@ -27,9 +27,9 @@ from tael.request import SamplingParams
 
 RESULTS = Path(__file__).with_name("results") / "overhead.json"
 MODELS = ("smollm2:135m", "qwen2.5-coder:0.5b")
-BATCHES = (1, 32)
+NUM_PROMPT_TOKENS = {1: 768, 32: 96}
+"""By batch: enough of the text to draft from, and little enough for many sequences."""
 TEXT = (Path(__file__).parents[1] / "examples" / "stock.py").read_text()
-NUM_PROMPT_TOKENS = 96
 NUM_DECODE_TOKENS = 40
 
 
@@ -58,7 +58,7 @@ def decode_steps(
     tokens = engine.tokenizer.encode(TEXT)
     params = SamplingParams(temperature=0, max_tokens=NUM_DECODE_TOKENS, ignore_eos=True)
     for i in range(batch_size):
-        prompt = (tokens[31 * i :] + tokens[: 31 * i])[:NUM_PROMPT_TOKENS]
+        prompt = (tokens[31 * i :] + tokens[: 31 * i])[: NUM_PROMPT_TOKENS[batch_size]]
         engine.add_request(f"{i}", prompt, params, cache_salt=salt, speculation=speculation)
     steps = []
     started: set[str] = set()
@@ -107,7 +107,7 @@ def measure(paths: list[Path], num_rounds: int) -> list[dict[str, Any]]:
             backend: Any = llm.engine.backend
             backend._native = native = TimedModel(backend._native)
             engines[path.stem] = llm.engine, native
-        cases = list(product(engines, BATCHES, (False, True)))
+        cases = list(product(engines, NUM_PROMPT_TOKENS, (False, True)))
         rounds: dict[tuple[str, int, bool], list[list[dict[str, float]]]] = {c: [] for c in cases}
         for i in range(num_rounds + 1):
             for case in cases if i % 2 else cases[::-1]:
