@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from tael.errors import TaelError
@@ -52,13 +53,36 @@ class SchedulerConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """How to run a model beyond its trained length: see ``tael.models.extension``."""
+
+    kind: str
+    """"yarn" or "dynamic"."""
+    factor: float | None = None
+    """None: as much as the context takes."""
+
+    @classmethod
+    def parse(cls, text: str) -> RopeScaling:
+        """From "yarn" or "yarn:4", with a factor. Raises TaelError for anything else."""
+        match = re.fullmatch(r"(yarn|dynamic)(?::(\d{1,4}(?:\.\d{1,6})?))?", text)
+        factor = float(match[2]) if match and match[2] else None
+        if match is None or (factor is not None and factor < 1):
+            raise TaelError(
+                f'"{text}" is no RoPE scaling; write yarn or dynamic, or a factor of at least 1 '
+                "with it, such as yarn:4."
+            )
+        return cls(match[1], factor)
+
+
+@dataclass(frozen=True, slots=True)
 class EngineConfig:
     """How a model is run.
 
     ``memory_bytes`` bounds the whole process: weights, KV cache, workspace and the
     interpreter (None: what the machine can spare). ``max_model_len`` bounds the context in
-    tokens (None: what the model was trained for and the memory holds). ``speculation`` guesses
-    tokens from the text and verifies several at once; it changes no token. ``kv_format`` is how
+    tokens (None: what the model was trained for and the memory holds), and ``rope_scaling``
+    takes it beyond the trained length. ``speculation`` guesses tokens from the text and
+    verifies several at once; it changes no token. ``kv_format`` is how
     complete KV blocks are held (one of KV_FORMATS). ``kv_budget`` and ``prefill_budget`` bound the
     tokens of context whose KV each query of the answer and of the prompt reads per KV head under
     full attention (None: all).
@@ -67,6 +91,7 @@ class EngineConfig:
     backend: str = "cpu"
     memory_bytes: int | None = None
     max_model_len: int | None = None
+    rope_scaling: RopeScaling | None = None
     num_threads: int | None = None
     speculation: bool = True
     kv_format: str = "bf16"

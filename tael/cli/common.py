@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -28,6 +29,14 @@ def byte_size(text: str) -> int:
     return parse_bytes(text)
 
 
+def token_count(text: str) -> int:
+    """Tokens in a count such as 32768 or 32K: the type of a click option."""
+    match = re.fullmatch(r"(\d{1,12})([km]?)", text, re.IGNORECASE)
+    if match is None:
+        raise click.BadParameter(f"{text!r} is no number of tokens such as 32768, 32K or 1M")
+    return int(match[1]) << {"": 0, "k": 10, "m": 20}[match[2].lower()]
+
+
 def model_options(command: F) -> F:
     """How a model is loaded: keyword arguments of ``LLM``, as the command's ``settings``."""
     options = {
@@ -41,7 +50,16 @@ def model_options(command: F) -> F:
             "--threads", "num_threads", type=int, metavar="N", help="Threads to compute with."
         ),
         "max_model_len": click.option(
-            "--context", "max_model_len", type=int, metavar="TOKENS", help="Longest context."
+            "--context",
+            "max_model_len",
+            type=token_count,
+            metavar="TOKENS",
+            help="Longest context, such as 32K.",
+        ),
+        "rope_scaling": click.option(
+            "--rope-scaling",
+            metavar="KIND[:FACTOR]",
+            help="Go beyond the trained context: yarn or dynamic.",
         ),
         "kv_format": click.option(
             "--kv-format",
@@ -52,14 +70,14 @@ def model_options(command: F) -> F:
         ),
         "kv_budget": click.option(
             "--kv-budget",
-            type=int,
+            type=token_count,
             metavar="TOKENS",
             help="Context that each token of the answer reads, chosen anew for every token and KV "
             "head.  [default: all]",
         ),
         "prefill_budget": click.option(
             "--prefill-budget",
-            type=int,
+            type=token_count,
             metavar="TOKENS",
             help="The same for each token of the prompt.  [default: all]",
         ),

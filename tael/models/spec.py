@@ -161,6 +161,24 @@ class ModelSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class ContextExtension:
+    """How the models of a family are run beyond the length they were trained for.
+
+    It holds for models whose RoPE is plain and of base ``rope_theta`` in every layer, and whose
+    ``max_position_embeddings`` is one of ``native_lengths``.
+    """
+
+    scalings: tuple[str, ...]
+    """Kinds of ``RopeScaling``."""
+    rope_theta: float
+    native_lengths: tuple[int, ...]
+    original_length: int
+    """Tokens that factors are relative to: the length of the training."""
+    max_length: int
+    """Tokens up to which the authors describe it."""
+
+
+@dataclass(frozen=True, slots=True)
 class CacheGroup:
     """Layers that see the same positions: they share a pool of blocks and a block table.
 

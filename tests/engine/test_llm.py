@@ -22,8 +22,9 @@ from tael.evals.speed import Workload, measure
 from tael.llm import MAX_TOKEN_CHARACTERS, RequestOutput, gathered
 from tael.loader.safetensors import SafetensorsCheckpoint
 from tael.loader.tokenizer import Tokenizer
+from tael.models.extension import EXTENSIONS
 from tael.models.registry import read_spec
-from tael.models.spec import cache_groups
+from tael.models.spec import ContextExtension, cache_groups
 from tael.request import FinishReason
 
 
@@ -277,6 +278,33 @@ def test_budget(folder: Path) -> None:
         assert llm.engine.max_model_len == 100
         (output,) = llm.generate("abc", SamplingParams(ignore_eos=True))
         assert output.usage.num_prompt_tokens + output.usage.num_output_tokens == 100
+
+
+def test_context_beyond_the_training(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TaelError, match=f"{MAX_LEN + 1} tokens is beyond the {MAX_LEN}"):
+        LLM(str(folder), backend="reference", max_model_len=MAX_LEN + 1)
+    with pytest.raises(TaelError, match="describe no RoPE scaling yarn"):
+        LLM(str(folder), backend="reference", max_model_len=2 * MAX_LEN, rope_scaling="yarn")
+
+    extension = ContextExtension(("yarn",), 10000.0, (MAX_LEN,), MAX_LEN, 4 * MAX_LEN)
+    monkeypatch.setitem(EXTENSIONS, "llama", extension)
+    parameters = {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 2.0,
+        "original_max_position_embeddings": MAX_LEN,
+    }
+    expected = LlamaForCausalLM.from_pretrained(
+        folder, rope_parameters=parameters, dtype=torch.float32
+    ).eval()
+    prompt = [i % 251 for i in range(MAX_LEN + 40)]
+    with LLM(
+        str(folder), backend="reference", max_model_len=2 * MAX_LEN, rope_scaling="yarn"
+    ) as llm:
+        assert llm.engine.max_model_len == 2 * MAX_LEN
+        (output,) = llm.generate([prompt], GREEDY)
+    greedy = expected.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)
+    assert list(output.outputs[0].token_ids) == greedy[0, len(prompt) :].tolist()
 
 
 def test_preemption_changes_no_token(folder: Path) -> None:
