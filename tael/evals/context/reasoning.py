@@ -26,8 +26,8 @@ def variables(num_hops: int) -> Callable[[random.Random, Room, int], Draft]:
         facts = []
         for chain in order:
             name, step = chains[chain][steps[chain]], steps[chain]
-            value = f"the value of {chains[chain][step - 1]}" if step else values[chain]
-            facts.append(f"The variable {name} is set to {value}.")
+            value = chains[chain][step - 1] if step else values[chain]
+            facts.append(f"VAR {name} = {value}")
             steps[chain] += 1
         hidden = room.hide(facts, texts.prose(rng), rng)
         depths: list[list[float]] = [[] for _ in chains]
@@ -35,9 +35,9 @@ def variables(num_hops: int) -> Callable[[random.Random, Room, int], Draft]:
             depths[chain].append(depth)
         questions = tuple(
             Question(
-                f"Which number is the value of the variable {chain[-1]}?",
+                f"Which number is the value of VAR {chain[-1]}?",
                 (value,),
-                f"The value of the variable {chain[-1]} is the number",
+                f"The value of VAR {chain[-1]} is the number",
                 sum(depth) / len(depth),
             )
             for chain, value, depth in zip(chains, values, depths, strict=True)

