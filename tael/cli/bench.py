@@ -1,4 +1,4 @@
-"""``tael bench``: what a model gives on this machine. Without a name of a measurement, its speed."""
+"""``tael bench``: what a model gives on this machine; its speed, unless told what to measure."""
 
 from __future__ import annotations
 

@@ -51,7 +51,14 @@ def _lengths(text: str) -> tuple[int, ...]:
 @click.option(
     "--samples", default=8, type=COUNT, show_default=True, help="Haystacks a task and length."
 )
-@click.option("--questions", default=8, type=COUNT, show_default=True, help="About each haystack.")
+@click.option(
+    "--questions",
+    default=8,
+    type=click.IntRange(1, 24),
+    metavar="N",
+    show_default=True,
+    help="About each haystack, at most; tasks of several facts a question ask fewer.",
+)
 @click.option(
     "--texts",
     default=4,

@@ -81,8 +81,8 @@ def answer_all(
 def answer_log_likelihoods(
     engine: Engine, samples: Mapping[str, Sequence[Sample]]
 ) -> dict[str, list[list[float]]]:
-    """By task, for each sample's questions the mean log-probability of the tokens of the right answer: what
-    is left to compare where a model cannot answer."""
+    """By task, for each sample's questions the mean log-probability of the right answer's tokens:
+    what is left to compare where a model cannot answer."""
     prompts = PromptFormat(engine.tokenizer)
     result: dict[str, list[list[float]]] = {task: [] for task in samples}
     for sample in chain.from_iterable(samples.values()):

@@ -44,7 +44,7 @@ def make_texts(tokenizer: Tokenizer, length: int, num_texts: int, seed: int) -> 
     made = []
     for index in range(num_texts):
         rng = random.Random(f"{seed}/text/{index}")
-        lines = texts.prose(rng) if index % 2 == 0 else (code for _, code in texts.functions(rng))
+        lines = texts.prose(rng) if index % 2 == 0 else texts.source_lines(rng)
         # Lines together are fewer tokens than one by one.
         text = "\n".join(Room(tokenizer, 2 * length).take(lines))
         token_ids = tokenizer.encode(text)[:length]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from tael.loader.tokenizer import Tokenizer
 
@@ -14,6 +15,12 @@ class Hidden:
     haystack: str
     depths: tuple[float, ...]
     """Of the facts: the share of the haystack's tokens that lies before each."""
+
+
+def spread(rng: random.Random, count: int, num_places: int) -> list[int]:
+    """Different ones of ``range(count)``, one in each of ``num_places`` equal parts."""
+    ends = [count * i // num_places for i in range(num_places + 1)]
+    return [rng.randrange(start, end) for start, end in pairwise(ends)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +49,11 @@ class Room:
         if left < 0:
             raise ValueError(f"{len(facts)} facts do not fit {self.num_tokens} tokens")
         filler = Room(self.tokenizer, left).take(lines)
-        places = [int(len(filler) * (i + rng.random()) / len(facts)) for i in range(len(facts))]
-        merged: list[str] = []
-        rows = []
-        for i, fact in enumerate(facts):
-            merged += filler[places[i - 1] if i else 0 : places[i]]
-            rows.append(len(merged))
-            merged.append(fact)
-        merged += filler[places[-1] :]
-        return Hidden("\n".join(merged), self.depths(merged, rows))
+        places = spread(rng, len(filler) + len(facts), len(facts))
+        remaining = iter(filler)
+        at = dict(zip(places, facts, strict=True))
+        merged = [at[i] if i in at else next(remaining) for i in range(len(filler) + len(facts))]
+        return Hidden("\n".join(merged), self.depths(merged, places))
 
     def depths(self, lines: Sequence[str], rows: Iterable[int]) -> tuple[float, ...]:
         """Of the lines at ``rows``."""

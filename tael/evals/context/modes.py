@@ -32,7 +32,7 @@ def parse_mode(text: str) -> Mode:
     kinds = {f.name: str(f.type) for f in dataclasses.fields(EngineConfig)}
     settings = {}
     for part in rest.split(","):
-        setting, colon, value = part.partition(":")
+        setting, _, value = part.partition(":")
         if setting not in kinds or setting in NOT_A_MODE:
             known = ", ".join(sorted(kinds.keys() - NOT_A_MODE))
             raise TaelError(f"a mode has no setting {setting!r}; known are {known}.")

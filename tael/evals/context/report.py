@@ -118,9 +118,9 @@ def flips(result: Result) -> Iterator[Flip]:
     for (mode, length), cell in result.cells.items():
         exact = result.cells[EXACT.name, length]
         for task in result.counted:
-            rows = zip(result.samples[length][task], exact.answers[task], cell.answers[task])
-            for sample, before, after in rows:
-                for question, old, new in zip(sample.questions, before, after, strict=True):
+            samples = result.samples[length][task]
+            for sample, *both in zip(samples, exact.answers[task], cell.answers[task], strict=True):
+                for question, old, new in zip(sample.questions, *both, strict=True):
                     if old.score != new.score:
                         yield Flip(
                             mode=mode,
@@ -140,8 +140,8 @@ def by_depth(result: Result, mode: str, length: int) -> list[float | None]:
     """Mean scores of the questions whose answers are in the first, second and last third."""
     thirds: list[list[float]] = [[], [], []]
     for task in result.counted:
-        rows = zip(result.samples[length][task], result.cells[mode, length].answers[task])
-        for sample, answers in rows:
+        all_answers = result.cells[mode, length].answers[task]
+        for sample, answers in zip(result.samples[length][task], all_answers, strict=True):
             for question, answer in zip(sample.questions, answers, strict=True):
                 thirds[min(2, int(3 * question.depth))].append(answer.score)
     return [fmean(third) if third else None for third in thirds]

@@ -8,7 +8,7 @@ import random
 from itertools import islice
 
 from tael.evals.context import texts
-from tael.evals.context.haystack import Room
+from tael.evals.context.haystack import Room, spread
 from tael.evals.context.sample import Draft, Question
 from tael.evals.context.words import (
     CITIES,
@@ -65,7 +65,7 @@ def multikey(rng: random.Random, room: Room, num_questions: int) -> Draft:
     codes = numbers(rng, len(places))
     lines = [f"{c}-{t}-{n}: {code}" for (c, t, n), code in zip(places, codes, strict=True)]
     lines = room.take(lines)
-    rows = [int(len(lines) * (i + rng.random()) / num_questions) for i in range(num_questions)]
+    rows = spread(rng, len(lines), num_questions)
     questions = []
     for row, depth in zip(rows, room.depths(lines, rows), strict=True):
         key, code = lines[row].split(": ")
@@ -98,10 +98,10 @@ def multiquery(rng: random.Random, room: Room, num_questions: int) -> Draft:
     """Three keys in one question."""
     names, codes = keys(rng, num_questions + 2), numbers(rng, num_questions + 2)
     facts = [f"The access code of the {n} is {c}." for n, c in zip(names, codes, strict=True)]
+    triples = [rng.sample(range(len(names)), 3) for _ in range(max(1, num_questions // 2))]
     hidden = room.hide(facts, texts.prose(rng), rng)
     questions = []
-    for _ in range(max(1, num_questions // 2)):
-        chosen = rng.sample(range(len(names)), 3)
+    for chosen in triples:
         a, b, c = (names[i] for i in chosen)
         questions.append(
             Question(
@@ -152,8 +152,7 @@ def code(rng: random.Random, room: Room, num_questions: int) -> Draft:
         _with_first_line(source, f"    trace_id = {number}")
         for (_, source), number in zip(library, ids, strict=True)
     )
-    num_questions = min(num_questions, len(sources))
-    rows = [int(len(sources) * (i + rng.random()) / num_questions) for i in range(num_questions)]
+    rows = spread(rng, len(sources), min(num_questions, len(sources)))
     questions = tuple(
         Question(
             f"Which trace_id is set in the function {library[row][0]}?",

@@ -71,5 +71,5 @@ class _Teacher:
 
 def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     shifted = logits - logits.max()
-    log_sum = np.log(np.exp(shifted, dtype=np.float64).sum())
-    return (shifted - log_sum).astype(np.float32)
+    log_sum = float(np.log(np.exp(shifted, dtype=np.float64).sum()))
+    return shifted - np.float32(log_sum)

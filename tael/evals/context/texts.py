@@ -44,6 +44,13 @@ def functions(rng: random.Random) -> Iterator[tuple[str, str]]:
     return iter(rng.sample(library, len(library)))
 
 
+def source_lines(rng: random.Random) -> Iterator[str]:
+    """Lines of the standard library's modules in random order."""
+    paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    for path in rng.sample(paths, len(paths)):
+        yield from path.read_text("utf-8").splitlines()
+
+
 @cache
 def _verses() -> list[str]:
     with closing(sqlite3.connect(fetch_texts())) as database:
