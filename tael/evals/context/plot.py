@@ -12,7 +12,9 @@ from tael.evals.context.suite import Result
 
 def plot_quality(path: Path, result: Result, title: str) -> None:
     """Write an image in the format of its suffix: one line for each length, one point for each
-    mode. Up and to the left is better. Raises TaelError without matplotlib."""
+    mode. Up and to the left is better. Raises TaelError without matplotlib, or if no task counts."""
+    if not result.counted:
+        raise TaelError("there is nothing to plot: no task counts; measure a more capable model.")
     try:
         from matplotlib.figure import Figure
     except ImportError:

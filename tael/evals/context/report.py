@@ -159,7 +159,7 @@ def _render_headlines(result: Result, slo: Slo) -> Iterator[str]:
     if not result.counted:
         yield (
             f"the exact model reaches 70% in no task at {first} tokens: there is no effective "
-            "context to measure, only the log-likelihood of right answers"
+            "context, only the log-likelihood of right answers"
         )
         return
     memory = "" if slo.memory_bytes is None else f", {format_bytes(slo.memory_bytes)} of memory"
@@ -259,7 +259,8 @@ def to_json(result: Result, slo: Slo) -> dict[str, Any]:
 def _cell_json(result: Result, mode: str, length: int) -> dict[str, Any]:
     cell = result.cells[mode, length]
     counted = result.counted
-    kept = retentions(result, mode, length) if mode != EXACT.name else {}
+    compared = mode != EXACT.name and result.counted
+    kept = retentions(result, mode, length) if compared else {}
     return {
         "mode": mode,
         "length": length,
