@@ -109,7 +109,7 @@ def test_json_has_every_answer() -> None:
 def test_without_a_task_that_counts_there_is_no_headline(tmp_path: Path) -> None:
     full = result(10, 10, 10)
     cells = {
-        key: replace(c, answers={}, log_likelihoods=dict.fromkeys(TASKS, [[-0.25]]))
+        key: replace(c, answers={}, log_likelihoods={t: [[-0.25]] for t in TASKS})
         for key, c in full.cells.items()
     }
     made = replace(full, counted=(), cells=cells)

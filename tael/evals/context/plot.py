@@ -12,7 +12,7 @@ from tael.evals.context.suite import Result
 
 def plot_quality(path: Path, result: Result, title: str) -> None:
     """Write an image in the format of its suffix: one line for each length, one point for each
-    mode. Up and to the left is better. Raises TaelError without matplotlib, or if no task counts."""
+    mode; up and to the left is better. Raises TaelError without matplotlib or counted tasks."""
     if not result.counted:
         raise TaelError("there is nothing to plot: no task counts; measure a more capable model.")
     try:
