@@ -106,11 +106,7 @@ class LLM:
             prefill_budget=prefill_budget,
             scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens),
         )
-        path = resolve(model, progress=progress)
-        spec, tokenizer, loaded, baseline_bytes = _load(path, config, progress)
-        self._engine: Engine | None = Engine(
-            spec, loaded, tokenizer, config, baseline_bytes=baseline_bytes
-        )
+        self._engine: Engine | None = open_engine(model, config, progress)
         self._ids = count()
         self._deltas: dict[str, deque[OutputDelta]] = {}
         """What requests have received and nobody has read."""
@@ -259,6 +255,15 @@ def gathered(prompt_token_ids: Sequence[int], deltas: Iterable[OutputDelta]) -> 
         )
     assert usage is not None
     return RequestOutput(tuple(prompt_token_ids), tuple(outputs), usage)
+
+
+def open_engine(model: str, config: EngineConfig, progress: Progress | None = None) -> Engine:
+    """An engine for a model, named as for ``LLM``, with all settings of ``config``. Raises
+    TaelError as ``LLM`` does."""
+    spec, tokenizer, backend, baseline_bytes = _load(
+        resolve(model, progress=progress), config, progress
+    )
+    return Engine(spec, backend, tokenizer, config, baseline_bytes=baseline_bytes)
 
 
 def _load(
