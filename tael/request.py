@@ -123,6 +123,7 @@ class Request:
         eos_token_ids: frozenset[int] = frozenset(),
         cache_salt: str = "",
         speculation: bool = True,
+        is_masked: bool = False,
     ) -> None:
         self.request_id = request_id
         self.params = params
@@ -131,6 +132,8 @@ class Request:
         """Requests share cached blocks and recent outputs only with requests of the same salt."""
         self.speculation = speculation
         """Whether tokens may be drafted, where the engine does so."""
+        self.is_masked = is_masked
+        """Whether only some tokens may come next, which takes whole rows of logits to see."""
         self.num_prompt_tokens = len(prompt_token_ids)
         self.token_ids: list[int] = list(prompt_token_ids)
         """Prompt and output."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from tael.backends.base import Backend, HeadOutput
 from tael.cache.manager import CacheManager
 from tael.config import BLOCK_SIZE, EngineConfig
+from tael.engine.grammar import TokenMask
 from tael.engine.output import OutputProcessor, Piece
 from tael.engine.runner import run_step
 from tael.engine.sampler import Sampler
@@ -113,9 +114,11 @@ class Engine:
         *,
         cache_salt: str = "",
         speculation: bool = True,
+        mask: TokenMask | None = None,
     ) -> None:
         """Queue a request. Raises TaelError if it cannot be run, ValueError if the id is in use.
-        Without ``speculation`` it gets a token a step, as all do if the engine's is off.
+        Without ``speculation`` it gets a token a step, as all do if the engine's is off. ``mask``
+        says which tokens each answer may consist of.
 
         Of ``n`` completions the first computes the prompt. The others are queued when it has,
         and find the prompt in the prefix cache.
@@ -133,9 +136,10 @@ class Engine:
                 eos_token_ids=self.tokenizer.eos_token_ids,
                 cache_salt=cache_salt,
                 speculation=speculation,
+                is_masked=mask is not None,
             )
             output = OutputProcessor(request, self.scheduler.length_limit(request), self.tokenizer)
-            sampler = Sampler(request, index)
+            sampler = Sampler(request, index, None if mask is None else mask.copy())
             completions.append(_Completion(request_id, index, request, sampler, output))
         self.scheduler.add(completions[0].request)
         self._unfinished[request_id] = completions
