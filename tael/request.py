@@ -73,11 +73,17 @@ class SamplingParams:
 
 @dataclass(slots=True)
 class Usage:
-    """What one request took from the engine. Counts are tokens, sizes bytes, durations seconds."""
+    """What one request took from the engine. Counts are tokens, sizes bytes, durations seconds.
+
+    Every prompt token is of one class: read from the prefix cache, computed and written to it, or
+    fresh. ``num_prompt_tokens`` is their sum.
+    """
 
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     """Prompt tokens read from the prefix cache instead of computed."""
+    num_cache_write_tokens: int = 0
+    """Prompt tokens computed whose KV the prefix cache had not and now offers to later requests."""
     num_output_tokens: int = 0
     num_draft_tokens: int = 0
     """Guessed output tokens that the model verified."""
@@ -86,10 +92,20 @@ class Usage:
     num_preemptions: int = 0
     kv_bytes: int = 0
     """Largest number of KV bytes that the request referenced."""
+    kv_byte_s: float = 0.0
+    """Those bytes integrated over the time that the request held them."""
+    compute_s: float = 0.0
+    """Its share of the time of its steps, by scheduled tokens. Over all requests it adds up to the
+    time that the engine computed."""
     queue_s: float = 0.0
     time_to_first_token_s: float = 0.0
     decode_s: float = 0.0
     """From the first output token to the last."""
+
+    @property
+    def num_fresh_tokens(self) -> int:
+        """Prompt tokens computed for this request alone."""
+        return self.num_prompt_tokens - self.num_cached_tokens - self.num_cache_write_tokens
 
     @property
     def decode_tokens_per_s(self) -> float:

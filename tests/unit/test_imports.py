@@ -15,7 +15,7 @@ LAYERS = [
     ("cli",),
     ("llm", "async_llm", "evals"),
     ("engine",),
-    ("speculative", "cache", "memory"),
+    ("speculative", "cache", "memory", "economics"),
     ("backends", "models", "quant", "loader"),
     ("config", "request"),
     ("errors", "_native"),
