@@ -56,6 +56,8 @@ class OutputDelta:
     """What went wrong, if the finish reason is ERROR."""
     usage: Usage | None
     """With the last delta of the last completion: what the whole request took."""
+    stop_string: str | None = None
+    """The one that ended the completion, if one did."""
 
 
 class Engine:
@@ -224,6 +226,7 @@ class Engine:
             finish_reason=piece.finish_reason,
             error=None,
             usage=self._settle(completion),
+            stop_string=piece.stop_string,
         )
 
     def _fail(self, completion: _Completion, error: Exception) -> OutputDelta:

@@ -159,9 +159,9 @@ class Admission:
                 account.tokens.level += num_tokens - price.num_used_tokens
 
     async def turn(self, key: Key, num_tokens: int, num_seqs: int, service_tier: str) -> int:
-        """The second gate: wait until ``num_seqs`` sequences of a prompt, ``num_tokens`` in all, may
-        run. Returns what to give to ``done`` when they have. Raises ApiError 503 if that takes
-        longer than the queue timeout."""
+        """The second gate: wait until a prompt may run in ``num_seqs`` sequences, ``num_tokens`` in
+        all. Returns what to give to ``done`` when it has. Raises ApiError 503 if that takes longer
+        than the queue timeout."""
         account = self._account(key)
         ticket = _Ticket(
             start=max(self._virtual_time, account.finish),

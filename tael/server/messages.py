@@ -1,6 +1,6 @@
 """What the HTTP process and the engine process tell each other.
 
-A message is one frame: four bytes of length, big-endian, and a tagged msgspec struct in MessagePack.
+A message is a frame: four bytes of length, big-endian, and a tagged msgspec struct in MessagePack.
 Types are checked on arrival, so a frame can be wrong and never be code.
 """
 

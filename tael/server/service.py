@@ -28,6 +28,9 @@ from tael.server.metrics import Metrics
 
 T = TypeVar("T")
 
+MAX_TOKEN_CHARACTERS = 128
+"""More than any vocabulary's tokens stand for on average, runs of spaces included."""
+
 PROGRESS_TOKENS = 256
 """Output tokens between two progress records in the ledger."""
 
@@ -42,6 +45,8 @@ class Piece:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...]
     finish_reason: FinishReason | None
+    stop_string: str | None
+    """The one that ended the answer, if one did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +80,7 @@ class Service:
         self.ledger = ledger
         self.is_draining = False
         """No request is taken any more; those under way are finished."""
-        # Two, so that a long prompt does not hold up short ones; more would take the engine's cores.
+        # Two, so that a long prompt does not hold up short ones; more would take cores from steps.
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="tael-text")
 
     @property
@@ -89,6 +94,16 @@ class Service:
                 f"The model {name!r} does not exist; this server has {self.model!r}.",
                 "model_not_found",
                 param="model",
+            )
+
+    def check_length(self, num_characters: int) -> None:
+        """Raises ApiError for a prompt that cannot fit, however it is tokenised."""
+        longest = self.engine.ready.max_model_len
+        if num_characters > longest * MAX_TOKEN_CHARACTERS:
+            raise bad_request(
+                f"A prompt of {num_characters:,} characters cannot fit the context of "
+                f"{longest:,} tokens.",
+                "context_length_exceeded",
             )
 
     async def in_thread(self, function: Callable[[], T]) -> T:
@@ -124,7 +139,7 @@ class Run:
         self._gate = ExitStack()
         self._gate.enter_context(service.admission.request(key))
         self._tasks: list[asyncio.Task[None]] = []
-        self._received: asyncio.Queue[Piece | None | Exception] = asyncio.Queue()
+        self._received: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
         self._num_choices = 0
         self._num_unsettled = 0
         self._outcomes: set[Outcome] = set()
@@ -261,7 +276,14 @@ class Run:
             return
         index = first_index + delta.index
         self._received.put_nowait(
-            Piece(index, delta.text, delta.token_ids, delta.logprobs, delta.finish_reason)
+            Piece(
+                index,
+                delta.text,
+                delta.token_ids,
+                delta.logprobs,
+                delta.finish_reason,
+                delta.stop_string,
+            )
         )
         if self._last_token_s is None:
             self._service.metrics.first_token(self._arrival_s)

@@ -1,0 +1,155 @@
+"""``/v1/completions``: text or token ids in, text out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
+from typing import Any, cast
+
+from tael.economics.usage import openai_chat
+from tael.request import TokenLogprobs
+from tael.server.chat import FINISH_REASONS, finite, openai_error_event, sampling_params
+from tael.server.errors import bad_request
+from tael.server.openai_schema import CompletionRequest
+from tael.server.service import Piece, Run, Service, Work
+from tael.server.streaming import EventStream, data
+
+
+async def answer(
+    service: Service, run: Run, request: CompletionRequest
+) -> dict[str, Any] | EventStream:
+    """The response, or the stream of it. Raises ApiError."""
+    prompts = await _token_ids(service, request)
+    ready = service.engine.ready
+    if any(max(prompt) >= ready.vocab_size for prompt in prompts if prompt):
+        raise bad_request(
+            f"A token id is not of this model; they go from 0 to {ready.vocab_size - 1}.",
+            param="prompt",
+        )
+    params = sampling_params(
+        request,
+        vocab_size=ready.vocab_size,
+        max_tokens=request.max_tokens,
+        logprobs=request.logprobs,
+    )
+    await run.start(Work(prompts, params))
+    writer = _Writer(service, run, request, prompts)
+    if request.stream:
+        return EventStream(run, writer.events(), openai_error_event)
+    return await writer.whole()
+
+
+async def _token_ids(service: Service, request: CompletionRequest) -> list[list[int]]:
+    prompt = request.prompt
+    if isinstance(prompt, str):
+        return [await encoded(service, prompt)]
+    if isinstance(prompt[0], str):
+        return [await encoded(service, text) for text in cast("list[str]", prompt)]
+    if isinstance(prompt[0], int):
+        return [cast("list[int]", prompt)]
+    return cast("list[list[int]]", prompt)
+
+
+async def encoded(service: Service, text: str, add_special_tokens: bool = True) -> list[int]:
+    """Token ids of a text. Raises ApiError for one that is longer than any that can fit."""
+    service.check_length(len(text))
+    tokenizer = service.engine.tokenizer
+    return await service.in_thread(partial(tokenizer.encode, text, add_special_tokens))
+
+
+class _Writer:
+    """Writes the answers of one request, whole or as chunks."""
+
+    def __init__(
+        self,
+        service: Service,
+        run: Run,
+        request: CompletionRequest,
+        prompts: Sequence[Sequence[int]],
+    ) -> None:
+        self._tokenizer = service.engine.tokenizer
+        self._run = run
+        self._request = request
+        self._n = request.n or 1
+        self._num_choices = len(prompts) * self._n
+        self._echoes = [
+            self._tokenizer.decode(prompt) if request.echo else "" for prompt in prompts
+        ]
+        self._num_shown = [len(self._echo(index)) for index in range(self._num_choices)]
+        """Characters of each answer so far."""
+        self._head = {
+            "id": f"cmpl-{run.id}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": service.model,
+        }
+
+    async def whole(self) -> dict[str, Any]:
+        texts = [self._echo(index) for index in range(self._num_choices)]
+        logprobs: list[list[TokenLogprobs]] = [[] for _ in texts]
+        reasons: list[str | None] = [None] * self._num_choices
+        async for piece in self._run.pieces():
+            texts[piece.index] += piece.text
+            logprobs[piece.index] += piece.logprobs
+            if piece.finish_reason is not None:
+                reasons[piece.index] = FINISH_REASONS[piece.finish_reason]
+        choices = [
+            {
+                "index": index,
+                "text": text,
+                "logprobs": self._logprobs(index, logprobs[index]),
+                "finish_reason": reasons[index],
+            }
+            for index, text in enumerate(texts)
+        ]
+        return {**self._head, "choices": choices, "usage": openai_chat(self._run.usage)}
+
+    async def events(self) -> AsyncIterator[str]:
+        for index in range(self._num_choices):
+            if echo := self._echo(index):
+                yield self._chunk(index, echo, None, None)
+        async for piece in self._run.pieces():
+            logprobs = self._logprobs(piece.index, piece.logprobs)
+            if piece.text or logprobs or piece.finish_reason:
+                yield self._chunk(piece.index, piece.text, logprobs, _reason(piece))
+        if self._request.stream_options and self._request.stream_options.include_usage:
+            yield data({**self._head, "choices": [], "usage": openai_chat(self._run.usage)})
+        yield "data: [DONE]\n\n"
+
+    def _echo(self, index: int) -> str:
+        return self._echoes[index // self._n]
+
+    def _chunk(
+        self, index: int, text: str, logprobs: dict[str, Any] | None, reason: str | None
+    ) -> str:
+        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        return data({**self._head, "choices": [choice]})
+
+    def _logprobs(self, index: int, entries: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
+        """Of the next tokens of an answer."""
+        if self._request.logprobs is None:
+            return None
+        offsets = []
+        for entry in entries:
+            offsets.append(self._num_shown[index])
+            self._num_shown[index] += len(self._token(entry.token_id))
+        return {
+            "tokens": [self._token(entry.token_id) for entry in entries],
+            "token_logprobs": [finite(entry.logprob) for entry in entries],
+            "top_logprobs": [
+                {
+                    self._token(token_id): finite(logprob)
+                    for token_id, logprob in reversed(entry.top)
+                }
+                for entry in entries
+            ],
+            "text_offset": offsets,
+        }
+
+    def _token(self, token_id: int) -> str:
+        return self._tokenizer.token_text(token_id)
+
+
+def _reason(piece: Piece) -> str | None:
+    return None if piece.finish_reason is None else FINISH_REASONS[piece.finish_reason]
