@@ -70,8 +70,9 @@ def _tool_use(request: CountTokensRequest) -> ToolUse:
     choice = request.tool_choice
     if isinstance(choice, NamedChoice):
         return ToolUse(tools, NamedTool(type="function", function=NamedFunction(name=choice.name)))
-    kinds = {"auto": "auto", "any": "required", "none": "none"}
-    return ToolUse(tools, None if choice is None else kinds[choice.type])
+    if choice is None or choice.type == "auto":
+        return ToolUse(tools, "auto")
+    return ToolUse(tools, "required" if choice.type == "any" else "none")
 
 
 def _messages(request: CountTokensRequest) -> Iterator[dict[str, Any]]:

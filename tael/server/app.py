@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -23,7 +23,7 @@ from tael.server.service import Run, Service
 from tael.server.streaming import ClientGoneError, EventStream, until_disconnect
 from tael.server.validation import first_error
 
-Answer = Callable[[Run], Awaitable[dict[str, Any] | EventStream]]
+Answer = Callable[[Run], Coroutine[Any, Any, dict[str, Any] | EventStream]]
 
 router = APIRouter()
 

@@ -157,8 +157,8 @@ class _Writer:
             "model": service.model,
             "service_tier": run.service_tier,
         }
-        num_choices = request.n or 1
-        self._parsers = [ToolCallParser(tool_use.is_active) for _ in range(num_choices)]
+        self._includes_usage = bool(request.stream_options and request.stream_options.include_usage)
+        self._parsers = [ToolCallParser(tool_use.is_active) for _ in range(request.n or 1)]
 
     async def whole(self) -> dict[str, Any]:
         choices = [_Choice() for _ in self._parsers]
@@ -197,15 +197,8 @@ class _Writer:
                 yield self._chunk(piece.index, {}, logprobs, reason)
             elif logprobs is not None:  # of half a character, say
                 yield self._chunk(piece.index, {"content": ""}, logprobs)
-        if self._request.stream_options and self._request.stream_options.include_usage:
-            yield data(
-                {
-                    **self._head,
-                    "object": "chat.completion.chunk",
-                    "choices": [],
-                    "usage": openai_chat(self._run.usage),
-                }
-            )
+        if self._includes_usage:
+            yield self._event([], openai_chat(self._run.usage))
         yield "data: [DONE]\n\n"
 
     def _parts(self, piece: Piece) -> list[dict[str, Any]]:
@@ -233,7 +226,11 @@ class _Writer:
             "logprobs": logprobs,
             "finish_reason": finish_reason,
         }
-        return data({**self._head, "object": "chat.completion.chunk", "choices": [choice]})
+        return self._event([choice], None)
+
+    def _event(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None) -> str:
+        event = {**self._head, "object": "chat.completion.chunk", "choices": choices}
+        return data({**event, "usage": usage} if self._includes_usage else event)
 
     def _logprobs(self, logprobs: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
         if not self._request.logprobs or not logprobs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from tael.economics.usage import openai_chat
 from tael.request import TokenLogprobs
@@ -45,10 +45,10 @@ async def _token_ids(service: Service, request: CompletionRequest) -> list[list[
     if isinstance(prompt, str):
         return [await encoded(service, prompt)]
     if isinstance(prompt[0], str):
-        return [await encoded(service, text) for text in cast("list[str]", prompt)]
+        return [await encoded(service, text) for text in prompt]
     if isinstance(prompt[0], int):
-        return [cast("list[int]", prompt)]
-    return cast("list[list[int]]", prompt)
+        return [prompt]
+    return prompt
 
 
 async def encoded(service: Service, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -71,6 +71,7 @@ class _Writer:
         self._tokenizer = service.engine.tokenizer
         self._run = run
         self._request = request
+        self._includes_usage = bool(request.stream_options and request.stream_options.include_usage)
         self._n = request.n or 1
         self._num_choices = len(prompts) * self._n
         self._echoes = [
@@ -113,8 +114,8 @@ class _Writer:
             logprobs = self._logprobs(piece.index, piece.logprobs)
             if piece.text or logprobs or piece.finish_reason:
                 yield self._chunk(piece.index, piece.text, logprobs, _reason(piece))
-        if self._request.stream_options and self._request.stream_options.include_usage:
-            yield data({**self._head, "choices": [], "usage": openai_chat(self._run.usage)})
+        if self._includes_usage:
+            yield self._event([], openai_chat(self._run.usage))
         yield "data: [DONE]\n\n"
 
     def _echo(self, index: int) -> str:
@@ -124,7 +125,11 @@ class _Writer:
         self, index: int, text: str, logprobs: dict[str, Any] | None, reason: str | None
     ) -> str:
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
-        return data({**self._head, "choices": [choice]})
+        return self._event([choice], None)
+
+    def _event(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None) -> str:
+        event = {**self._head, "choices": choices}
+        return data({**event, "usage": usage} if self._includes_usage else event)
 
     def _logprobs(self, index: int, entries: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
         """Of the next tokens of an answer."""

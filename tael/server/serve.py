@@ -106,7 +106,7 @@ class DrainingServer(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, service: Service, drain_s: float) -> None:
         super().__init__(config)
-        self._service = service
+        self.service = service
         self._drain_s = drain_s
         self._loop = asyncio.get_running_loop()
         self._drain: asyncio.Task[None] | None = None
@@ -120,14 +120,14 @@ class DrainingServer(uvicorn.Server):
         if self._drain is not None:
             self.should_exit = self.force_exit = True
             return
-        self._service.is_draining = True
+        self.service.is_draining = True
         self._drain = asyncio.create_task(self._wait_for_requests())
 
     async def _wait_for_requests(self) -> None:
-        num_requests = self._service.admission.num_requests
+        num_requests = self.service.admission.num_requests
         if num_requests:
             logger.warning("waiting for %d requests to end", num_requests)
         deadline = self._loop.time() + self._drain_s
-        while self._service.admission.num_requests and self._loop.time() < deadline:
+        while self.service.admission.num_requests and self._loop.time() < deadline:
             await asyncio.sleep(0.05)
         self.should_exit = True
