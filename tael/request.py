@@ -157,6 +157,12 @@ class Request:
         """Tokens at the front of ``token_ids`` whose KV exists."""
         self.block_hashes: list[bytes] = []
         """Identities of the full blocks at the front of ``token_ids``, as far as computed."""
+        self.num_offered_blocks = 0
+        """Of them, those that were found in the prefix cache or offered to it, ever."""
+        self.held_kv_bytes = 0
+        """KV bytes that the request holds since..."""
+        self.held_since = 0.0
+        """...this time of the monotonic clock."""
         self.status = RequestStatus.WAITING
         self.finish_reason: FinishReason | None = None
         self.logprobs: list[TokenLogprobs] = []

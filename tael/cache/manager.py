@@ -82,6 +82,7 @@ class CacheManager:
             return False
         self.num_prefix_query_tokens += request.num_tokens
         self.num_prefix_hit_tokens += num_computed_tokens
+        request.num_offered_blocks = max(request.num_offered_blocks, num_hits)
         return True
 
     def allocate(self, request: Request, num_new_tokens: int) -> bool:
@@ -98,14 +99,19 @@ class CacheManager:
 
     def publish(self, request: Request) -> None:
         """Offer the blocks that the last step completed to other requests. Call it when their
-        KV exists and ``num_computed_tokens`` says so, before ``trim``."""
+        KV exists and ``num_computed_tokens`` says so, before ``trim``. Prompt tokens of blocks
+        that the cache had not are counted in the usage, once if they are computed again."""
         holding = self._holdings[request]
         num_full = request.num_computed_tokens // self.block_size
         hashes = self._extend_hashes(request, num_full)
-        for pool, table in zip(self.pools, holding.tables, strict=True):
-            for i in range(holding.num_published, num_full):
-                pool.publish(table[i], hashes[i])
+        num_prompt_blocks = request.num_prompt_tokens // self.block_size
+        for i in range(holding.num_published, num_full):
+            groups = zip(self.pools, holding.tables, strict=True)
+            num_new = sum(pool.publish(table[i], hashes[i]) for pool, table in groups)
+            if num_new > 0 and request.num_offered_blocks <= i < num_prompt_blocks:
+                request.usage.num_cache_write_tokens += self.block_size
         holding.num_published = num_full
+        request.num_offered_blocks = max(request.num_offered_blocks, num_full)
 
     def trim(self, request: Request) -> None:
         """Release the blocks that have left the windows: the next query of the request, at

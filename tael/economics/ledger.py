@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,14 +81,16 @@ class Ledger:
 
     def progress(self, request_id: str, usage: Usage) -> Future[None]:
         """Now and then during a request: what it has delivered, which is what it is charged if
-        the server dies. ``usage`` must not change any more."""
-        return self._submit(lambda: self._journal.progress(request_id, usage))
+        the server dies."""
+        counts = replace(usage)  # the caller may go on counting
+        return self._submit(lambda: self._journal.progress(request_id, counts))
 
     def settle(self, request_id: str, usage: Usage, outcome: Outcome) -> Future[int]:
         """Once a request has ended: the nano that it is charged. The future fails with
         ValueError if it is settled already or was never reserved."""
+        counts = replace(usage)
         return self._submit(
-            lambda: self._journal.settle(request_id, usage, outcome), must_be_written=True
+            lambda: self._journal.settle(request_id, counts, outcome), must_be_written=True
         )
 
     def close(self) -> None:

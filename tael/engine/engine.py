@@ -15,7 +15,7 @@ from tael.engine.grammar import TokenMask
 from tael.engine.output import OutputProcessor, Piece
 from tael.engine.runner import run_step
 from tael.engine.sampler import Sampler
-from tael.engine.scheduler import Scheduler
+from tael.engine.scheduler import Schedule, Scheduler
 from tael.errors import TaelError
 from tael.loader.tokenizer import Tokenizer
 from tael.memory.budget import available_memory_bytes, format_bytes, kv_budget, plan_pools
@@ -155,7 +155,9 @@ class Engine:
         ERROR; any other is raised.
         """
         schedule = self.scheduler.schedule()
+        start = time.monotonic()
         result = run_step(schedule, self.manager, self.backend, self._sample)
+        _share(time.monotonic() - start, schedule)
         deltas = [self._fail(self._completions[key], e) for key, e in result.errors.items()]
         pieces: dict[str, Piece] = {}
         for key, token_ids in result.token_ids.items():
@@ -181,6 +183,11 @@ class Engine:
             if not completion.request.is_finished and completion not in forks:
                 self.scheduler.finish(completion.request, FinishReason.ABORT)
         return self._forget(request_id)
+
+    def usage(self, request_id: str) -> Usage:
+        """What an unfinished request has taken so far. Raises KeyError if it is not here."""
+        completions = self._unfinished[request_id]
+        return _total([completion.request.usage for completion in completions])
 
     def has_unfinished(self) -> bool:
         return bool(self._unfinished)
@@ -283,21 +290,30 @@ class _Completion:
     output: OutputProcessor
 
 
+def _share(step_s: float, schedule: Schedule) -> None:
+    """Divide the time of a step among its requests."""
+    num_tokens = sum(entry.num_scheduled_tokens for entry in schedule.scheduled)
+    for entry in schedule.scheduled:
+        entry.request.usage.compute_s += step_s * entry.num_scheduled_tokens / num_tokens
+
+
 def _total(usages: Sequence[Usage]) -> Usage:
-    """The usage of a request from those of its completions. A KV block that several of them
+    """The usage of a request from those of its completions. The prompt is the first one's: that
+    the others found it in the cache is no saving of the caller's. A KV block that several of them
     referenced counts for each."""
     first = usages[0]
-    if len(usages) == 1:
-        return first
     end_s = max(usage.time_to_first_token_s + usage.decode_s for usage in usages)
     return Usage(
         num_prompt_tokens=first.num_prompt_tokens,
         num_cached_tokens=first.num_cached_tokens,
+        num_cache_write_tokens=first.num_cache_write_tokens,
         num_output_tokens=sum(usage.num_output_tokens for usage in usages),
         num_draft_tokens=sum(usage.num_draft_tokens for usage in usages),
         num_accepted_tokens=sum(usage.num_accepted_tokens for usage in usages),
         num_preemptions=sum(usage.num_preemptions for usage in usages),
         kv_bytes=sum(usage.kv_bytes for usage in usages),
+        kv_byte_s=sum(usage.kv_byte_s for usage in usages),
+        compute_s=sum(usage.compute_s for usage in usages),
         queue_s=first.queue_s,
         time_to_first_token_s=first.time_to_first_token_s,
         decode_s=end_s - first.time_to_first_token_s,

@@ -146,6 +146,7 @@ class Scheduler:
         """Take an unfinished request out and give back its blocks."""
         if request.status is RequestStatus.RUNNING:
             self.running.remove(request)
+            self._meter(request, 0)
             self.manager.free(request)
         else:
             self.waiting.remove(request)
@@ -174,10 +175,16 @@ class Scheduler:
     def _scheduled(
         self, request: Request, num_new_tokens: int, draft: tuple[int, ...] = ()
     ) -> ScheduledRequest:
-        usage = request.usage
-        usage.kv_bytes = max(usage.kv_bytes, self.manager.kv_bytes(request))
+        self._meter(request, self.manager.kv_bytes(request))
         samples = request.num_computed_tokens + num_new_tokens == request.num_tokens
         return ScheduledRequest(request, num_new_tokens + len(draft), samples, draft)
+
+    def _meter(self, request: Request, kv_bytes: int) -> None:
+        """Count the KV that a request has held until now; from now on it holds ``kv_bytes``."""
+        usage, now = request.usage, time.monotonic()
+        usage.kv_byte_s += request.held_kv_bytes * (now - request.held_since)
+        usage.kv_bytes = max(usage.kv_bytes, kv_bytes)
+        request.held_kv_bytes, request.held_since = kv_bytes, now
 
     def _add_drafts(self, drafter: Drafter, scheduled: list[ScheduledRequest], budget: int) -> None:
         """Lengthen entries of a step by drafts."""
@@ -223,6 +230,7 @@ class Scheduler:
     def _preempt_last(self) -> Request:
         """Put the last running request back at the head of the queue, without its blocks."""
         request = self.running.pop()
+        self._meter(request, 0)
         self.manager.free(request)
         request.num_computed_tokens = 0
         request.status = RequestStatus.WAITING

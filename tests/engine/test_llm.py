@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -213,6 +214,34 @@ def test_usage(llm: LLM) -> None:
     assert first.kv_bytes == second.kv_bytes == num_blocks * group.block_bytes
     assert 0 <= first.queue_s <= first.time_to_first_token_s
     assert first.decode_s > 0 and first.decode_tokens_per_s == 7 / first.decode_s
+    assert first.num_cache_write_tokens == second.num_cached_tokens
+    assert first.num_fresh_tokens == second.num_fresh_tokens < BLOCK_SIZE
+    assert 0 < first.kv_byte_s < first.kv_bytes * (first.time_to_first_token_s + first.decode_s)
+
+
+def test_usages_share_the_time_that_the_engine_computed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the caller pays once for a prompt with several answers."""
+    engine = make_engine(folder)
+    clock = itertools.count()  # a step takes a second
+    monkeypatch.setattr("tael.engine.engine.time.monotonic", lambda: float(next(clock)))
+    prompt = list(range(BLOCK_SIZE + 9))
+    engine.add_request("one", prompt, SamplingParams(max_tokens=3, ignore_eos=True, n=3))
+    engine.add_request("two", [1, 2], SamplingParams(max_tokens=9, ignore_eos=True))
+    computed_s, usages = 0.0, {}
+    while engine.has_unfinished():
+        before = next(clock)
+        deltas = engine.step()
+        usages |= {delta.request_id: delta.usage for delta in deltas if delta.usage}
+        computed_s += 1
+        assert next(clock) > before + 2
+        if "one" not in usages:
+            assert engine.usage("one").num_prompt_tokens == len(prompt)
+    assert sum(usage.compute_s for usage in usages.values()) == pytest.approx(computed_s)
+    one = usages["one"]
+    assert (one.num_cached_tokens, one.num_cache_write_tokens) == (0, BLOCK_SIZE)
+    assert (one.num_prompt_tokens, one.num_output_tokens) == (len(prompt), 9)
 
 
 @pytest.mark.parametrize(

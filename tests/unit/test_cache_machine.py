@@ -218,6 +218,22 @@ class CacheMachine(RuleBasedStateMachine):
                 assert self._ends(request, request.token_ids)
             assert request.usage.num_output_tokens == request.num_output_tokens
 
+    @invariant()
+    def every_prompt_token_is_of_one_class(self) -> None:
+        for request in self.requests:
+            usage = request.usage
+            assert usage.num_prompt_tokens == request.num_prompt_tokens
+            classes = (
+                usage.num_fresh_tokens,
+                usage.num_cached_tokens,
+                usage.num_cache_write_tokens,
+            )
+            assert min(classes) >= 0 and sum(classes) == usage.num_prompt_tokens
+            if request.num_output_tokens > 0 and usage.num_preemptions == 0:
+                # What is fresh was in no complete block, or another request was faster.
+                assert usage.num_cache_write_tokens % self.block_size == 0
+                assert usage.num_fresh_tokens >= request.num_prompt_tokens % self.block_size
+
     def _add(self, prompt: list[int], max_tokens: int | None, salt: str, speculation: bool) -> None:
         request = Request(
             str(len(self.requests)),
