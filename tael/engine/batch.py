@@ -31,6 +31,12 @@ def build_batch(scheduled: list[ScheduledRequest], manager: CacheManager) -> For
     sampled = [range(end - entry.num_logits, end) for entry, end in ends]
     num_rows = [entry.num_logits for entry in scheduled]
     requests = [entry.request for entry in scheduled]
+    full_logits = [
+        entry.num_prompt_logits > 0
+        or entry.request.is_masked
+        or needs_full_logits(entry.request.params)
+        for entry in scheduled
+    ]
     return ForwardBatch(
         token_ids=np.array(token_ids, dtype=np.int32),
         positions=positions,
@@ -40,10 +46,7 @@ def build_batch(scheduled: list[ScheduledRequest], manager: CacheManager) -> For
         temperatures=np.array(
             [scaling_temperature(request.params) for request in requests], np.float32
         ).repeat(num_rows),
-        full_logits=np.array(
-            [request.is_masked or needs_full_logits(request.params) for request in requests],
-            np.bool_,
-        ).repeat(num_rows),
+        full_logits=np.array(full_logits, np.bool_).repeat(num_rows),
     )
 
 

@@ -26,8 +26,9 @@ BODY_TIMEOUT_S = 60.0
 
 
 class Access:
-    """Refuses callers without a key, if keys exist, on every route but ``PUBLIC``; and host names
-    that are not this server's, which is how web pages reach servers on the loopback interface."""
+    """Refuses callers without a key on every route but ``PUBLIC``, from the moment that there is
+    one; and host names other than ``allowed_hosts``, which is how web pages reach servers on the
+    loopback interface."""
 
     def __init__(
         self, app: ASGIApp, *, keys: Keys | None, allowed_hosts: frozenset[str] | None
@@ -45,7 +46,7 @@ class Access:
         headers = Headers(scope=scope)
         try:
             self._check_host(headers)
-            key = ANONYMOUS if self._keys is None else self._identify(headers, scope["path"])
+            key = self._identify(headers, scope["path"])
         except ApiError as error:
             await refuse(error, scope, receive, send)
             return
@@ -62,8 +63,7 @@ class Access:
             raise ApiError(421, "This server is not called by that host name.", "host_not_allowed")
 
     def _identify(self, headers: Headers, path: str) -> Key:
-        assert self._keys is not None
-        if path in PUBLIC:
+        if path in PUBLIC or self._keys is None or not self._keys.exist():
             return ANONYMOUS
         scheme, _, token = headers.get("authorization", "").partition(" ")
         sent = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -33,6 +34,8 @@ async def answer(
         max_tokens=request.max_tokens,
         logprobs=request.logprobs,
     )
+    if request.echo and request.logprobs is not None:
+        params = replace(params, prompt_logprobs=request.logprobs)
     await run.start(Work(prompts, params))
     writer = _Writer(service, run, request, prompts)
     if request.stream:
@@ -77,8 +80,11 @@ class _Writer:
         self._echoes = [
             self._tokenizer.decode(prompt) if request.echo else "" for prompt in prompts
         ]
-        self._num_shown = [len(self._echo(index)) for index in range(self._num_choices)]
-        """Characters of each answer so far."""
+        self._prompts = prompts
+        self._prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
+        """By prompt."""
+        self._num_shown = [0] * self._num_choices
+        """Characters of each answer that tokens with log-probabilities stand for."""
         self._head = {
             "id": f"cmpl-{run.id}",
             "object": "text_completion",
@@ -87,10 +93,11 @@ class _Writer:
         }
 
     async def whole(self) -> dict[str, Any]:
-        texts = [self._echo(index) for index in range(self._num_choices)]
+        texts = [self._echoes[index // self._n] for index in range(self._num_choices)]
         logprobs: list[list[TokenLogprobs]] = [[] for _ in texts]
         reasons: list[str | None] = [None] * self._num_choices
         async for piece in self._run.pieces():
+            self._note(piece)
             texts[piece.index] += piece.text
             logprobs[piece.index] += piece.logprobs
             if piece.finish_reason is not None:
@@ -99,7 +106,7 @@ class _Writer:
             {
                 "index": index,
                 "text": text,
-                "logprobs": self._logprobs(index, logprobs[index]),
+                "logprobs": self._logprobs(index, logprobs[index], with_prompt=True),
                 "finish_reason": reasons[index],
             }
             for index, text in enumerate(texts)
@@ -107,19 +114,24 @@ class _Writer:
         return {**self._head, "choices": choices, "usage": openai_chat(self._run.usage)}
 
     async def events(self) -> AsyncIterator[str]:
-        for index in range(self._num_choices):
-            if echo := self._echo(index):
-                yield self._chunk(index, echo, None, None)
+        is_begun = [not self._request.echo] * self._num_choices
         async for piece in self._run.pieces():
-            logprobs = self._logprobs(piece.index, piece.logprobs)
-            if piece.text or logprobs or piece.finish_reason:
-                yield self._chunk(piece.index, piece.text, logprobs, _reason(piece))
+            self._note(piece)
+            index, text, with_prompt = piece.index, piece.text, not is_begun[piece.index]
+            if with_prompt:
+                text = self._echoes[index // self._n] + text
+                is_begun[index] = True
+            logprobs = self._logprobs(index, piece.logprobs, with_prompt)
+            if text or logprobs or piece.finish_reason:
+                yield self._chunk(index, text, logprobs, _reason(piece))
         if self._includes_usage:
             yield self._event([], openai_chat(self._run.usage))
         yield "data: [DONE]\n\n"
 
-    def _echo(self, index: int) -> str:
-        return self._echoes[index // self._n]
+    def _note(self, piece: Piece) -> None:
+        """The log-probabilities of a prompt come with its first answer, and are those of all."""
+        if piece.prompt_logprobs:
+            self._prompt_logprobs[piece.index // self._n] = piece.prompt_logprobs
 
     def _chunk(
         self, index: int, text: str, logprobs: dict[str, Any] | None, reason: str | None
@@ -131,24 +143,33 @@ class _Writer:
         event = {**self._head, "choices": choices}
         return data({**event, "usage": usage} if self._includes_usage else event)
 
-    def _logprobs(self, index: int, entries: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
-        """Of the next tokens of an answer."""
+    def _logprobs(
+        self, index: int, entries: Sequence[TokenLogprobs], with_prompt: bool
+    ) -> dict[str, Any] | None:
+        """Of the next tokens of an answer, after those of the prompt if that is echoed."""
         if self._request.logprobs is None:
             return None
-        offsets = []
+        tokens: list[str] = []
+        logprobs: list[float | None] = []
+        top: list[dict[str, float] | None] = []
+        if with_prompt and self._request.echo:
+            place = index // self._n
+            tokens.append(self._token(self._prompts[place][0]))
+            logprobs.append(None)  # nothing comes before the first token
+            top.append(None)
+            entries = [*self._prompt_logprobs.get(place, ()), *entries]
         for entry in entries:
+            tokens.append(self._token(entry.token_id))
+            logprobs.append(finite(entry.logprob))
+            top.append({self._token(i): finite(value) for i, value in reversed(entry.top)})
+        offsets = []
+        for token in tokens:
             offsets.append(self._num_shown[index])
-            self._num_shown[index] += len(self._token(entry.token_id))
+            self._num_shown[index] += len(token)
         return {
-            "tokens": [self._token(entry.token_id) for entry in entries],
-            "token_logprobs": [finite(entry.logprob) for entry in entries],
-            "top_logprobs": [
-                {
-                    self._token(token_id): finite(logprob)
-                    for token_id, logprob in reversed(entry.top)
-                }
-                for entry in entries
-            ],
+            "tokens": tokens,
+            "token_logprobs": logprobs,
+            "top_logprobs": top,
             "text_offset": offsets,
         }
 

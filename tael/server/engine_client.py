@@ -10,6 +10,7 @@ import asyncio
 import logging
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from itertools import count
@@ -152,7 +153,7 @@ class EngineClient:
     @property
     def is_ready(self) -> bool:
         """Whether the engine has moved lately."""
-        silent_s = asyncio.get_running_loop().time() - self._last_report_s
+        silent_s = time.monotonic() - self._last_report_s
         return self.status is not None and silent_s < self.stall_s
 
     @property
@@ -210,7 +211,7 @@ class EngineClient:
                 return f"has not moved for {1.5 * self.stall_s:.0f} s"
             except (asyncio.IncompleteReadError, ConnectionError):
                 return "ended"
-            self._last_report_s = asyncio.get_running_loop().time()
+            self._last_report_s = time.monotonic()
             self._deliver(report)
 
     def _deliver(self, report: Report) -> None:
@@ -277,7 +278,7 @@ class EngineClient:
         first = await _read(reader)
         assert isinstance(first, Status)
         self.status = first
-        self._last_report_s = asyncio.get_running_loop().time()
+        self._last_report_s = time.monotonic()
         return reader
 
     async def _end_process(self) -> None:

@@ -45,8 +45,9 @@ class ServerConfig:
 
 async def serve(config: ServerConfig, *, keys: Keys | None, ledger: Ledger | None) -> None:
     """Load the model, serve it until SIGTERM or SIGINT, finish what is under way. A second signal
-    ends at once. Without ``keys`` anyone may call who can reach the server, so it must be on the
-    loopback interface. Raises TaelError if the model cannot be loaded or the port not be had."""
+    ends at once. As long as there are no keys, anyone may call who can reach the server, so it must
+    be on the loopback interface. Raises TaelError for a model that cannot be loaded and a port
+    that cannot be had."""
     async with opened(config, keys=keys, ledger=ledger) as (server, listener):
         await server.serve(sockets=[listener])
 
@@ -56,7 +57,8 @@ async def opened(
     config: ServerConfig, *, keys: Keys | None, ledger: Ledger | None
 ) -> AsyncIterator[tuple[DrainingServer, socket.socket]]:
     """A server with its engine, and the socket that it is to listen on."""
-    if keys is None and config.host not in LOOPBACK:
+    is_open = keys is None or not keys.exist()
+    if is_open and config.host not in LOOPBACK:
         raise TaelError(
             f"there are no keys, so anyone who reaches {config.host} could use this server; make "
             "one with 'tael keys create NAME', or leave out --host."
@@ -72,7 +74,7 @@ async def opened(
             app = create_app(
                 service,
                 max_body_bytes=config.max_body_bytes,
-                allowed_hosts=LOOPBACK if keys is None else None,
+                allowed_hosts=LOOPBACK if is_open else None,
             )
             settings = uvicorn.Config(
                 app, lifespan="off", access_log=False, server_header=False, log_level="warning"

@@ -47,6 +47,8 @@ class Piece:
     finish_reason: FinishReason | None
     stop_string: str | None
     """The one that ended the answer, if one did."""
+    prompt_logprobs: tuple[TokenLogprobs, ...]
+    """With the first piece of the first answer to a prompt, if asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,6 +285,7 @@ class Run:
                 delta.logprobs,
                 delta.finish_reason,
                 delta.stop_string,
+                delta.prompt_logprobs,
             )
         )
         if self._last_token_s is None:

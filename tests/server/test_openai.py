@@ -174,6 +174,40 @@ def test_completion_logprobs(client: OpenAI, llm: LLM) -> None:
     assert logprobs.top_logprobs is not None and 1 <= len(logprobs.top_logprobs[0]) <= 3
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_likelihood(client: OpenAI, llm: LLM, stream: bool) -> None:
+    """As lm-eval asks for it: token ids, echoed, with the log-probabilities of all of them."""
+    prompts = [llm.encode(text) for text in PROMPTS]
+    expected = llm.generate(
+        prompts, SamplingParams(max_tokens=1, logprobs=1, prompt_logprobs=1, temperature=0)
+    )
+    for _ in range(2):  # the second time, the prefix cache has them
+        answer = client.completions.create(
+            model=MODEL,
+            prompt=prompts,
+            max_tokens=1,
+            temperature=0,
+            logprobs=1,
+            echo=True,
+            stream=stream,
+        )
+        found: list[list[float | None]] = [[] for _ in prompts]
+        tops: list[list[Any]] = [[] for _ in prompts]
+        for part in answer if stream else [answer]:
+            for choice in part.choices:
+                found[choice.index] += choice.logprobs.token_logprobs
+                tops[choice.index] += choice.logprobs.top_logprobs
+        for result, logprobs, top, prompt in zip(expected, found, tops, prompts, strict=True):
+            assert len(logprobs) == len(top) == len(prompt) + 1
+            assert logprobs[0] is None and top[0] is None
+            wanted = [*result.prompt_logprobs, *result.outputs[0].logprobs]
+            assert logprobs[1:] == pytest.approx([entry.logprob for entry in wanted], abs=1e-4)
+            assert all(
+                max(entry.values()) >= logprob
+                for entry, logprob in zip(top[1:], logprobs[1:], strict=True)
+            )
+
+
 def test_models(client: OpenAI) -> None:
     assert [model.id for model in client.models.list()] == [MODEL]
     assert client.models.retrieve(MODEL).owned_by == "tael"
