@@ -1,9 +1,9 @@
-"""What several commands share: options, the progress of a pull, the statistics line."""
+"""What several commands share: options, tables, the progress of a pull, the statistics line."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -119,6 +119,17 @@ def statistics(usage: Usage, reason: FinishReason | None) -> str:
         f"{speculation}KV {format_bytes(usage.kv_bytes)}, "
         f"peak memory {format_bytes(peak_rss_bytes())}{cut}"
     )
+
+
+def print_table(rows: Sequence[Sequence[str]], *, num_left: int | None = None) -> None:
+    """Print rows in columns, of which the first ``num_left``, or all, are aligned to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [
+            cell.ljust(width) if num_left is None or i < num_left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        click.echo("  ".join(cells).rstrip())
 
 
 class TransferBar:

@@ -14,9 +14,23 @@ from tael.cli.common import TransferBar, byte_size, model_options, speculation_o
 @click.option("--host", default="127.0.0.1", metavar="ADDRESS", show_default=True)
 @click.option("--port", default=8000, metavar="PORT", show_default=True, help="0: any.")
 @click.option("--name", metavar="NAME", help="What callers call the model.  [default: MODEL]")
-@click.option("--keys", "keys_path", type=Path, metavar="FILE", help="Who may call.")
-@click.option("--ledger", "ledger_path", type=Path, metavar="FILE", help="Where usage is written.")
-@click.option("--rate-card", type=Path, metavar="FILE", help="Prices, for the ledger.")
+@click.option(
+    "--keys",
+    "keys_path",
+    type=Path,
+    metavar="FILE",
+    help="Who may call.  [default: ~/.local/share/tael/keys.sqlite]",
+)
+@click.option(
+    "--ledger",
+    "ledger_path",
+    type=Path,
+    metavar="FILE",
+    help="Where usage is recorded.  [default: ~/.local/share/tael/ledger.sqlite]",
+)
+@click.option(
+    "--rate-card", type=Path, metavar="FILE", help="Prices.  [default: all is counted and free]"
+)
 @click.option(
     "--parallel", default=32, metavar="N", show_default=True, help="Answers computed at once."
 )
@@ -85,13 +99,14 @@ def command(
     is under way is finished."""
     import asyncio
     import logging
-    from contextlib import ExitStack
+    from contextlib import closing
 
     from tael.economics.keys import Keys
     from tael.economics.ledger import Ledger
-    from tael.economics.rate_card import RateCard
+    from tael.economics.rate_card import FREE, RateCard
     from tael.errors import TaelError
     from tael.loader import catalogue
+    from tael.loader.paths import keys_file, ledger_file
     from tael.loader.sources import resolve
 
     try:
@@ -103,8 +118,6 @@ def command(
             f"{error.name} is missing; pip install 'tael[server]' brings what a server needs."
         ) from error
 
-    if (ledger_path is None) != (rate_card is None):
-        raise click.UsageError("--ledger and --rate-card go together.")
     logging.basicConfig(format="tael: %(message)s", level=logging.WARNING)
     logging.getLogger("tael").setLevel(logging.INFO)
     model = model or catalogue.DEFAULT_MODEL
@@ -127,17 +140,12 @@ def command(
         drain_s=drain_timeout,
         max_body_bytes=max_body,
     )
-    with ExitStack() as stack:
-        keys = None
-        if keys_path is not None:
-            keys = Keys(keys_path)
-            stack.callback(keys.close)
-        ledger = None
-        if ledger_path is not None and rate_card is not None:
-            ledger = Ledger(ledger_path, RateCard.load(rate_card))
-            stack.callback(ledger.close)
-        if keys is None or not keys.exist():
-            keys = None
+    card = FREE if rate_card is None else RateCard.load(rate_card)
+    with (
+        closing(Keys(keys_path or keys_file())) as keys,
+        closing(Ledger(ledger_path or ledger_file(), card)) as ledger,
+    ):
+        if not keys.exist():
             click.echo("tael: THERE ARE NO KEYS: every program on this machine may call.", err=True)
         asyncio.run(serve(config, keys=keys, ledger=ledger))
 

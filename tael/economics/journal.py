@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tael.economics.database import open_database
-from tael.economics.rate_card import RateCard
+from tael.economics.rate_card import NO_CURRENCY, RateCard, ServiceTier
 from tael.errors import TaelError
 from tael.request import Usage
 
@@ -140,7 +140,7 @@ class Journal:
         names another content already, or its currency is not that of the ledger."""
         rows = self.connection.execute("SELECT version, currency, content FROM rate_cards")
         for version, currency, content in rows.fetchall():
-            if currency != card.currency:
+            if currency != card.currency and NO_CURRENCY not in (currency, card.currency):
                 raise TaelError(
                     f"the ledger is in {currency} and rate card {card.version} in "
                     f"{card.currency}; start another ledger."
@@ -162,7 +162,7 @@ class Journal:
         *,
         key_id: str,
         model: str,
-        service_tier: str,
+        service_tier: ServiceTier,
         rate_card: RateCard,
         num_prompt_tokens: int,
         max_output_tokens: int,

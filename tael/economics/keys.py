@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 import secrets
 import threading
 import time
@@ -14,6 +15,8 @@ from tael.economics.database import open_database
 from tael.errors import TaelError
 
 APPLICATION_ID = 0x54614B79  # "TaKy"
+
+TOKEN = re.compile("tael_([0-9a-f]{16})_([0-9a-f]{64})")
 
 SCHEMA = """
 CREATE TABLE keys (
@@ -100,8 +103,10 @@ class Keys:
 
     def verify(self, token: str) -> Key | None:
         """The key of what a caller sent; None if it is none or revoked."""
-        _, _, rest = token.partition("tael_")
-        key_id, _, secret = rest.partition("_")
+        match = TOKEN.fullmatch(token)
+        if match is None:
+            return None
+        key_id, secret = match.groups()
         with self._lock:
             row = self._connection.execute(
                 f"SELECT secret_hash, {COLUMNS} FROM keys WHERE key_id = ? AND revoked_at IS NULL",

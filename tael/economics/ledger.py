@@ -9,14 +9,15 @@ import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tael.economics.journal import Journal, Outcome
-from tael.economics.rate_card import RateCard
+from tael.economics.rate_card import RateCard, ServiceTier
 from tael.errors import TaelError
 from tael.request import Usage
 
@@ -43,14 +44,16 @@ class Ledger:
     ) -> None:
         self.rate_card = rate_card
         self._path = Path(path)
-        self._journal = Journal(path, clock=clock)
-        self._lock = _lock(self._path.with_name(self._path.name + ".lock"))
-        with self._journal.transaction():
-            self._journal.add_rate_card(rate_card)
-            self.num_recovered = self._journal.recover()
+        with ExitStack() as stack:
+            self._journal = stack.enter_context(closing(Journal(path, clock=clock)))
+            stack.enter_context(_lock(self._path))
+            with self._journal.transaction():
+                self._journal.add_rate_card(rate_card)
+                self.num_recovered = self._journal.recover()
+            self._resources = stack.pop_all()
         self._queue: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
         self._postponed: list[_Entry] = []
-        self._thread = threading.Thread(target=self._write, name="ledger")
+        self._thread = threading.Thread(target=self._write, name="ledger", daemon=True)
         self._thread.start()
 
     def reserve(
@@ -61,7 +64,7 @@ class Ledger:
         model: str,
         num_prompt_tokens: int,
         max_output_tokens: int,
-        service_tier: str = "default",
+        service_tier: ServiceTier = "default",
     ) -> Future[int]:
         """Before anything of a request is served: the most nano that it can cost.
         ``service_tier`` is the one that it will be served in, ``max_output_tokens`` that of all
@@ -97,8 +100,7 @@ class Ledger:
         """Write what was submitted, then end. Nothing may be submitted after."""
         self._queue.put(None)
         self._thread.join()
-        self._journal.close()
-        os.close(self._lock)
+        self._resources.close()
 
     def _submit(self, write: Callable[[], Any], *, must_be_written: bool = False) -> Future[Any]:
         future: Future[Any] = Future()
@@ -156,14 +158,16 @@ class _Entry:
     must_be_written: bool
 
 
-def _lock(path: Path) -> int:
-    """The lock of the one process that serves, which the system drops when that dies."""
-    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Be the one process that serves on a ledger. The system drops the lock of a dead one."""
+    lock = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
     except BlockingIOError as error:
-        os.close(lock)
         raise TaelError(
-            f"another server writes to the ledger next to {path}; stop it, or name another ledger."
+            f"another server writes the ledger {path}; stop it, or name another ledger."
         ) from error
-    return lock
+    finally:
+        os.close(lock)

@@ -23,6 +23,8 @@ Percent = Annotated[int, msgspec.Meta(ge=0, le=10_000)]
 Clock = Annotated[str, msgspec.Meta(pattern=r"^(([01]\d|2[0-3]):[0-5]\d|24:00)$")]
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
 Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
+ServiceTier = Literal["default", "flex", "priority"]
+"""The one that a request was served in, which may not be the one that it asked for."""
 DAYS: tuple[Day, ...] = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 
 
@@ -80,8 +82,8 @@ class Rate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """From the first moment until before the second. With a time zone."""
     windows: tuple[Window, ...] = ()
     """If there are any, the prices hold within them only."""
-    service_tiers: dict[str, Percent] = {}
-    """Percent of every price that a service tier pays. ``default`` pays 100."""
+    service_tiers: dict[Literal["flex", "priority"], Percent] = {}
+    """Percent of every price that a service tier pays: 100 unless it is given."""
 
     def __post_init__(self) -> None:
         bounds = [tier.up_to for tier in self.tiers]
@@ -134,14 +136,14 @@ class RateCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """The card as one line of JSON, the same for equal cards."""
         return msgspec.json.encode(self, order="deterministic").decode()
 
-    def price(self, usage: Usage, *, model: str, service_tier: str, at: datetime) -> int:
+    def price(self, usage: Usage, *, model: str, service_tier: ServiceTier, at: datetime) -> int:
         """What a request costs that arrived at ``at``, in nano-currency.
 
         Amounts of all classes are added up exactly and rounded once, to the nearest nano, halves
         up. Raises TaelError if the card has no such price.
         """
         rate = self._rate(model, at)
-        percent = self._percent(rate, service_tier)
+        percent = 100 if service_tier == "default" else rate.service_tiers.get(service_tier, 100)
         return _round(rate.tier(usage.num_prompt_tokens).amount(usage) * percent)
 
     def upper_bound(
@@ -150,7 +152,7 @@ class RateCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         max_output_tokens: int,
         *,
         model: str,
-        service_tier: str,
+        service_tier: ServiceTier,
         at: datetime,
     ) -> int:
         """The most that ``price`` can say of a request of this size, however much of its prompt
@@ -174,18 +176,12 @@ class RateCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             'add one, or one of model "*".'
         )
 
-    def _percent(self, rate: Rate, service_tier: str) -> int:
-        percent = rate.service_tiers.get(service_tier, 100 if service_tier == "default" else None)
-        if percent is None:
-            raise TaelError(
-                f"rate card {self.version} has no service tier {service_tier!r} of model "
-                f"{rate.model}; ask for one of {', '.join({'default': 0, **rate.service_tiers})}."
-            )
-        return percent
 
+NO_CURRENCY = "XXX"
+"""Of ISO 4217."""
 
-FREE = RateCard("free", "XXX", (Rate("*", (Tier(0, 0),)),))
-"""Where nothing is charged and all is counted. XXX is ISO 4217's "no currency"."""
+FREE = RateCard("free", NO_CURRENCY, (Rate("*", (Tier(0, 0),)),))
+"""Where nothing is charged and all is counted."""
 
 
 def _round(amount: int) -> int:

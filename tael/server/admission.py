@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from itertools import count
 
 from tael.economics.keys import Key
+from tael.economics.rate_card import ServiceTier
 from tael.server.errors import ApiError
 
 
@@ -31,7 +32,7 @@ class Limits:
     queue_timeout_s: float = 60.0
 
 
-SERVICE_TIERS = {"priority": 4.0, "default": 1.0, "flex": 0.25}
+SERVICE_TIERS: dict[ServiceTier, float] = {"priority": 4.0, "default": 1.0, "flex": 0.25}
 """Factors on the weight of a key, by ``service_tier``."""
 
 
@@ -158,7 +159,9 @@ class Admission:
             if account.tokens is not None:
                 account.tokens.level += num_tokens - price.num_used_tokens
 
-    async def turn(self, key: Key, num_tokens: int, num_seqs: int, service_tier: str) -> int:
+    async def turn(
+        self, key: Key, num_tokens: int, num_seqs: int, service_tier: ServiceTier
+    ) -> int:
         """The second gate: wait until a prompt may run in ``num_seqs`` sequences, ``num_tokens`` in
         all. Returns what to give to ``done`` when it has. Raises ApiError 503 if that takes longer
         than the queue timeout."""

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from tael.economics.rate_card import ServiceTier
 from tael.server.openai_schema import FunctionName, Name, Stop, Strict
 
 
@@ -89,5 +90,6 @@ class MessagesRequest(CountTokensRequest):
     service_tier: Literal["auto", "standard_only"] | None = None
 
     @property
-    def tier(self) -> str:
+    def tier(self) -> ServiceTier:
+        """The one to serve this in: the dialect has no other."""
         return "default"

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 
 from tael import __version__
 from tael.economics.keys import Key
+from tael.economics.rate_card import ServiceTier
 from tael.server import anthropic, chat, completions, responses
 from tael.server.access import Access, BodyLimit
 from tael.server.anthropic_schema import CountTokensRequest, MessagesRequest
@@ -62,16 +63,14 @@ async def model(name: str, request: Request) -> dict[str, Any]:
 @router.post("/v1/chat/completions", response_model=None)
 async def chat_completions(body: ChatRequest, request: Request) -> Response:
     service = _service(request)
-    return await _run(
-        request, body.model, body.service_tier, lambda run: chat.answer(service, run, body)
-    )
+    return await _run(request, body.model, body.tier, lambda run: chat.answer(service, run, body))
 
 
 @router.post("/v1/completions", response_model=None)
 async def text_completions(body: CompletionRequest, request: Request) -> Response:
     service = _service(request)
     return await _run(
-        request, body.model, body.service_tier, lambda run: completions.answer(service, run, body)
+        request, body.model, body.tier, lambda run: completions.answer(service, run, body)
     )
 
 
@@ -79,7 +78,7 @@ async def text_completions(body: CompletionRequest, request: Request) -> Respons
 async def create_response(body: ResponsesRequest, request: Request) -> Response:
     service = _service(request)
     return await _run(
-        request, body.model, body.service_tier, lambda run: responses.answer(service, run, body)
+        request, body.model, body.tier, lambda run: responses.answer(service, run, body)
     )
 
 
@@ -120,7 +119,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
     return answer
 
 
-async def _run(request: Request, model: str, service_tier: str | None, answer: Answer) -> Response:
+async def _run(request: Request, model: str, service_tier: ServiceTier, answer: Answer) -> Response:
     """Let a request in, and answer it as long as somebody waits for that."""
     service = _service(request)
     service.check_model(model)

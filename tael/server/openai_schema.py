@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from tael.economics.rate_card import ServiceTier
+
 MAX_SCHEMA_CHARACTERS = 1 << 16
 MAX_PROMPTS = 128
 
@@ -48,6 +50,11 @@ class Sampling(Strict):
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
     ignore_eos: bool = False
+
+    @property
+    def tier(self) -> ServiceTier:
+        """The one to serve this in."""
+        return "default" if self.service_tier in (None, "auto") else self.service_tier
 
 
 class CompletionSampling(Sampling):

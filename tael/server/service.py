@@ -18,6 +18,7 @@ from typing import TypeVar
 from tael.economics.journal import Outcome
 from tael.economics.keys import Key, Keys
 from tael.economics.ledger import Ledger
+from tael.economics.rate_card import ServiceTier
 from tael.engine.engine import OutputDelta
 from tael.errors import TaelError
 from tael.request import FinishReason, SamplingParams, TokenLogprobs, Usage
@@ -115,7 +116,7 @@ class Service:
         except TaelError as error:
             raise bad_request(str(error)) from error
 
-    def run(self, key: Key, service_tier: str | None = None) -> Run:
+    def run(self, key: Key, service_tier: ServiceTier) -> Run:
         """Let a request in. Raises ApiError; nothing has been allocated then."""
         if self.is_draining:
             raise ApiError(
@@ -123,14 +124,13 @@ class Service:
             )
         if not self.engine.is_ready:
             raise engine_down()
-        tier = "default" if service_tier in (None, "auto") else str(service_tier)
-        return Run(self, key, tier)
+        return Run(self, key, service_tier)
 
 
 class Run:
     """An API request from its admission to its settlement. ``close`` it in any case."""
 
-    def __init__(self, service: Service, key: Key, service_tier: str) -> None:
+    def __init__(self, service: Service, key: Key, service_tier: ServiceTier) -> None:
         self.id = secrets.token_hex(16)
         """Unique, and the server's own: what callers call their requests is a label at most."""
         self.service_tier = service_tier

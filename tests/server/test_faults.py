@@ -169,11 +169,16 @@ COMMAND = [sys.executable, "-c", "from tael.cli.main import main; main()", "serv
 
 
 @pytest.fixture
-def process(model_path: Callable[[str], Path]) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def process(
+    model_path: Callable[[str], Path], tmp_path: Path
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """``tael serve`` with a real model, and its address."""
     path = str(model_path("smollm2:135m"))
     arguments = [path, "--port", "0", "--context", "1024", "--name", MODEL, "--memory", "600MiB"]
-    server = subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE, text=True)
+    environment = {**os.environ, "XDG_DATA_HOME": str(tmp_path)}
+    server = subprocess.Popen(
+        [*COMMAND, *arguments], stderr=subprocess.PIPE, text=True, env=environment
+    )
     assert server.stderr is not None
     seen = ""
     for line in server.stderr:
@@ -233,7 +238,10 @@ def is_running(pid: int) -> bool:
 def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"not a model")
     result = subprocess.run(
-        [*COMMAND, str(tmp_path / "x.gguf"), "--port", "0"], capture_output=True, text=True
+        [*COMMAND, str(tmp_path / "x.gguf"), "--port", "0"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "XDG_DATA_HOME": str(tmp_path)},
     )
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith("tael: ") and "Traceback" not in result.stderr

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tael.economics.keys import Key
+from tael.economics.rate_card import ServiceTier
 from tael.server.admission import Admission, Limits
 from tael.server.errors import ApiError
 
@@ -31,13 +32,13 @@ def run(main: Coroutine[Any, Any, None]) -> None:
 
 
 async def order(
-    requests: list[tuple[Key, int]], num_seqs: int = 1, tiers: list[str] | None = None
+    requests: list[tuple[Key, int]], num_seqs: int = 1, tiers: list[ServiceTier] | None = None
 ) -> list[str]:
     """The keys of requests, all there at once, in the order in which they get their turn."""
     admission = Admission(Limits(), num_seqs)
     served: list[str] = []
 
-    async def one(caller: Key, num_tokens: int, tier: str) -> None:
+    async def one(caller: Key, num_tokens: int, tier: ServiceTier) -> None:
         taken = await admission.turn(caller, num_tokens, 1, tier)
         served.append(caller.key_id)
         await asyncio.sleep(0)
@@ -64,7 +65,7 @@ def test_weights_and_tiers_share_tokens() -> None:
         assert served[:12].count("a") == 9
         served = await order([(b, 100)] * 12 + [(key("c"), 300)] * 12)
         assert served[:12].count("b") == 9
-        tiers = ["flex"] * 12 + ["default"] * 12
+        tiers: list[ServiceTier] = ["flex"] * 12 + ["default"] * 12
         served = await order([(key("c"), 100)] * 12 + [(key("d"), 100)] * 12, tiers=tiers)
         assert served[:10].count("d") == 8
 
