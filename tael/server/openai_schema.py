@@ -54,7 +54,8 @@ class Sampling(Strict):
     @property
     def tier(self) -> ServiceTier:
         """The one to serve this in."""
-        return "default" if self.service_tier in (None, "auto") else self.service_tier
+        tier = self.service_tier
+        return "default" if tier is None or tier == "auto" else tier
 
 
 class CompletionSampling(Sampling):

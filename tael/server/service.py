@@ -7,6 +7,7 @@ write what comes in their own words.
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -26,6 +27,8 @@ from tael.server.admission import Admission, Price
 from tael.server.engine_client import EngineClient, EngineDownError, RefusedError
 from tael.server.errors import ApiError, bad_request, engine_down
 from tael.server.metrics import Metrics
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -264,6 +267,9 @@ class Run:
             self._received.put_nowait(bad_request(str(error), error.code))
         except ApiError as error:
             self._received.put_nowait(error)
+        except Exception:
+            logger.exception("request %s failed", self.id)
+            self._received.put_nowait(ApiError(500, "The server failed on it.", "internal"))
         finally:
             if num_seqs:
                 service.admission.done(num_seqs)
