@@ -59,6 +59,8 @@ class RequestOutput:
     prompt_token_ids: tuple[int, ...]
     outputs: tuple[CompletionOutput, ...]
     usage: Usage
+    prompt_logprobs: tuple[TokenLogprobs, ...]
+    """Of all tokens of the prompt but its first, if asked for."""
 
     @property
     def text(self) -> str:
@@ -236,9 +238,11 @@ def paired(
 def gathered(prompt_token_ids: Sequence[int], deltas: Iterable[OutputDelta]) -> RequestOutput:
     """The whole answer from all of its deltas."""
     by_index: dict[int, list[OutputDelta]] = {}
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     for delta in deltas:
         by_index.setdefault(delta.index, []).append(delta)
         usage = delta.usage
+        prompt_logprobs += delta.prompt_logprobs
     outputs = []
     for index, parts in sorted(by_index.items()):
         last = parts[-1]
@@ -254,7 +258,7 @@ def gathered(prompt_token_ids: Sequence[int], deltas: Iterable[OutputDelta]) -> 
             )
         )
     assert usage is not None
-    return RequestOutput(tuple(prompt_token_ids), tuple(outputs), usage)
+    return RequestOutput(tuple(prompt_token_ids), tuple(outputs), usage, prompt_logprobs)
 
 
 def open_engine(model: str, config: EngineConfig, progress: Progress | None = None) -> Engine:

@@ -66,6 +66,8 @@ class CacheManager:
         cannot provide the blocks, nothing."""
         # A hit leaves a token to compute: the logits after the last one are what is asked for.
         num_hashes = (request.num_tokens - 1) // self.block_size
+        if request.wants_prompt_logits:  # which are not in the cache
+            num_hashes = 0
         hashes = self._extend_hashes(request, num_hashes)[:num_hashes]
         num_hits = longest_prefix(self.groups, self.pools, hashes, self.block_size)
         num_computed_tokens = num_hits * self.block_size

@@ -34,7 +34,13 @@ def build_batch(
     ends = zip(scheduled, query_start[1:].tolist(), strict=True)
     sampled = [range(end - entry.num_logits, end) for entry, end in ends]
     num_rows = [entry.num_logits for entry in scheduled]
-    params = [entry.request.params for entry in scheduled]
+    requests = [entry.request for entry in scheduled]
+    full_logits = [
+        entry.num_prompt_logits > 0
+        or entry.request.is_masked
+        or needs_full_logits(entry.request.params)
+        for entry in scheduled
+    ]
     return ForwardBatch(
         token_ids=np.array(token_ids, dtype=np.int32),
         positions=positions,
@@ -42,10 +48,10 @@ def build_batch(
         block_tables=tuple(_padded(group) for group in zip(*tables, strict=True)),
         open_tables=tuple(_padded(group) for group in zip(*open_tables, strict=True)),
         logits_indices=np.array(list(chain.from_iterable(sampled)), dtype=np.int32),
-        temperatures=np.array([scaling_temperature(p) for p in params], np.float32).repeat(
-            num_rows
-        ),
-        full_logits=np.array([needs_full_logits(p) for p in params], np.bool_).repeat(num_rows),
+        temperatures=np.array(
+            [scaling_temperature(request.params) for request in requests], np.float32
+        ).repeat(num_rows),
+        full_logits=np.array(full_logits, np.bool_).repeat(num_rows),
         kv_budgets=_kv_budgets(scheduled, counts, positions, config)
         if config.reads_sparsely
         else None,

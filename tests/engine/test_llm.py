@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from tael.loader.tokenizer import Tokenizer
 from tael.models.extension import EXTENSIONS
 from tael.models.registry import read_spec
 from tael.models.spec import ContextExtension, cache_groups
-from tael.request import FinishReason
+from tael.request import FinishReason, TokenLogprobs
 
 
 @pytest.fixture(scope="module")
@@ -408,3 +409,28 @@ def test_text_that_cannot_fit_is_refused_before_it_is_tokenised(llm: LLM) -> Non
     for prompt in (text, [{"role": "user", "content": text}]):
         with pytest.raises(TaelError, match="characters cannot fit the context of 256 tokens"):
             llm.encode(prompt)
+
+
+def test_prompt_logprobs(llm: LLM) -> None:
+    """Those of a prompt are what its tokens would have had as output; whatever else runs, and
+    although the prefix cache has the prompt."""
+    params = SamplingParams(temperature=0, max_tokens=3, prompt_logprobs=2, n=2)
+    alone = [llm.generate(prompt, params)[0] for prompt in PROMPTS]
+    others = [SamplingParams(temperature=0, max_tokens=40)] * 3
+    together = llm.generate([*["other text"] * 3, *PROMPTS], [*others, *[params] * len(PROMPTS)])
+    for one, many in zip(alone, together[3:], strict=True):
+        assert values(one.prompt_logprobs) == pytest.approx(values(many.prompt_logprobs), abs=1e-4)
+        assert one.outputs == many.outputs
+        token_ids = list(one.prompt_token_ids)
+        assert [entry.token_id for entry in one.prompt_logprobs] == token_ids[1:]
+        for i in (1, len(token_ids) // 2, len(token_ids) - 1):
+            forced = SamplingParams(
+                temperature=0, max_tokens=1, logprobs=2, logit_bias={token_ids[i]: 1e9}
+            )
+            (again,) = llm.generate([token_ids[:i]], forced)
+            found = again.outputs[0].logprobs
+            assert values(found) == pytest.approx(values(one.prompt_logprobs[i - 1 : i]), abs=1e-4)
+
+
+def values(logprobs: Sequence[TokenLogprobs]) -> list[float]:
+    return [v for entry in logprobs for v in (entry.logprob, *dict(entry.top).values())]
