@@ -156,7 +156,8 @@ class ReferenceBackend:
                     None,
                 )
             )
-        return np.concatenate(mixed, axis=1)[0]
+        heads: Float32 = np.concatenate(mixed, axis=1)[0]
+        return heads
 
     @staticmethod
     def scored(q: Float32, scale: float) -> Float32:

@@ -58,8 +58,10 @@ class _Teacher:
     def reserve(self, scheduler: SchedulerConfig, max_model_len: int) -> int:
         return self._backend.reserve(scheduler, max_model_len)
 
-    def bind_kv(self, pools: list[NDArray[np.uint8]]) -> None:
-        self._backend.bind_kv(pools)
+    def bind_kv(
+        self, pools: Sequence[NDArray[np.uint8]], open_pools: Sequence[NDArray[np.uint8]] = ()
+    ) -> None:
+        self._backend.bind_kv(pools, open_pools)
 
     def forward(self, batch: ForwardBatch) -> HeadOutput:
         head = self._backend.forward(replace(batch, full_logits=np.ones_like(batch.full_logits)))
@@ -72,4 +74,5 @@ class _Teacher:
 def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     shifted = logits - logits.max()
     log_sum = float(np.log(np.exp(shifted, dtype=np.float64).sum()))
-    return shifted - np.float32(log_sum)
+    logprobs: NDArray[np.float32] = shifted - np.float32(log_sum)
+    return logprobs
