@@ -49,7 +49,7 @@ def _prepare(connection: sqlite3.Connection, application_id: int, schema: str) -
     try:
         (found,) = connection.execute("PRAGMA application_id").fetchone()
         (version,) = connection.execute("PRAGMA user_version").fetchone()
-        (num_tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+        (num_tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
         if num_tables == 0:
             for statement in schema.split(";;"):
                 connection.execute(statement)

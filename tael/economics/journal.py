@@ -1,7 +1,7 @@
 """The tables of the ledger, and the only statements that change them: each one inserts.
 
-Plain SQL; ``PRAGMA`` and the triggers' ``RAISE`` are all that another database would say
-differently.
+Plain SQL, so that another database can take SQLite's place: the numbering of rows, ``RAISE`` and
+placeholders are what it would say differently.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ CREATE TABLE charges (
     amount_nano INTEGER NOT NULL,
     created_ms INTEGER NOT NULL,
     CHECK ((kind = 'reversal') = (reverses IS NOT NULL)),
-    CHECK (kind = 'reversal'
-        OR min(fresh_tokens, cache_read_tokens, cache_write_tokens, output_tokens) >= 0)
+    CHECK (kind = 'reversal' OR (fresh_tokens >= 0 AND cache_read_tokens >= 0
+        AND cache_write_tokens >= 0 AND output_tokens >= 0))
 );;
 CREATE UNIQUE INDEX one_settlement ON charges (request_id) WHERE kind = 'settlement';;
 CREATE INDEX charges_of_request ON charges (request_id);;

@@ -135,7 +135,9 @@ class Ledger:
                     try:
                         with self._journal.savepoint():
                             results.append((entry, entry.write(), None))
-                    except (ValueError, TaelError, sqlite3.IntegrityError) as error:
+                    except sqlite3.OperationalError:
+                        raise  # the disk, or a lock: it concerns all
+                    except Exception as error:
                         results.append((entry, None, error))
         except sqlite3.Error as error:
             logger.error("cannot write the ledger %s: %s", self._path, error)

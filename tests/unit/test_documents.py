@@ -48,6 +48,13 @@ def test_activation_rounding_table() -> None:
     assert rows == [(name, f"{max(0.0, case['mean_kld']):.5f}") for name, case in cases.items()]
 
 
+def test_ledger_table() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "ledger-kill.json").read_text())
+    counts = list(result["results"].values())
+    rows = re.findall(r"^\| (\d.*) \|$", (ROOT / "docs" / "ledger.md").read_text(), re.MULTILINE)
+    assert rows == [" | ".join(f"{count:,}" for count in [*counts[:3], sum(counts[3:])])]
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
 def test_links(path: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", path.read_text()):

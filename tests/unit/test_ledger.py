@@ -134,6 +134,7 @@ def test_programming_errors_harm_nobody_else(ledger: Ledger, path: Path) -> None
         ledger.settle("nobody", USAGE, Outcome.FINISHED),
         reserve(ledger, "b"),
         ledger.settle("b", Usage(1, 2), Outcome.FINISHED),
+        ledger.settle("b", Usage(1 << 70), Outcome.ABORTED),
         ledger.settle("a", USAGE, Outcome.FINISHED),
     ]
     errors = [type(future.exception()).__name__ for future in futures]
@@ -145,6 +146,7 @@ def test_programming_errors_harm_nobody_else(ledger: Ledger, path: Path) -> None
         "ValueError",
         "NoneType",
         "ValueError",
+        "OverflowError",
         "NoneType",
     ]
     assert total(path) == COST
