@@ -97,7 +97,7 @@ class Service:
         if name != self.model:
             raise ApiError(
                 404,
-                f"The model {name!r} does not exist; this server has {self.model!r}.",
+                f"The model {name[:100]!r} does not exist; this server has {self.model!r}.",
                 "model_not_found",
                 param="model",
             )
