@@ -127,7 +127,7 @@ class _Writer:
     ) -> None:
         self._service = service
         self._run = run
-        self._parser = ToolCallParser(_tool_use(request).is_active)
+        self._parser = ToolCallParser(_tool_use(request).names)
         self._num_prompt_tokens = num_prompt_tokens
         self._last: Piece | None = None
 

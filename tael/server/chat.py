@@ -158,7 +158,7 @@ class _Writer:
             "service_tier": run.service_tier,
         }
         self._includes_usage = bool(request.stream_options and request.stream_options.include_usage)
-        self._parsers = [ToolCallParser(tool_use.is_active) for _ in range(request.n or 1)]
+        self._parsers = [ToolCallParser(tool_use.names) for _ in range(request.n or 1)]
 
     async def whole(self) -> dict[str, Any]:
         choices = [_Choice() for _ in self._parsers]

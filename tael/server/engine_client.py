@@ -170,7 +170,8 @@ class EngineClient:
         settled: Settled,
     ) -> Generation:
         """Give the engine a request, and wait until it has taken it. Raises RefusedError if it
-        cannot be run, EngineDownError if there is no engine; then ``settled`` is not called."""
+        cannot be run, EngineDownError if there is no engine; ``settled`` may then be called or
+        not."""
         if self.status is None or self._writer is None:
             raise EngineDownError
         generation = Generation(self, str(next(self._ids)), settled)
@@ -181,7 +182,6 @@ class EngineClient:
             self._writer.write(message)
             await generation._accepted()
         except BaseException:
-            generation._settled = lambda outcome, usage: None
             generation.close()
             raise
         return generation

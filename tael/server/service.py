@@ -97,7 +97,7 @@ class Service:
         if name != self.model:
             raise ApiError(
                 404,
-                f"The model {name!r} does not exist; this server has {self.model!r}.",
+                f"The model {name[:100]!r} does not exist; this server has {self.model!r}.",
                 "model_not_found",
                 param="model",
             )
@@ -240,8 +240,17 @@ class Run:
 
     async def _compute(self, first_index: int, prompt: list[int], price: int, work: Work) -> None:
         """One prompt: wait for its turn, and pass on what the engine says."""
-        service, num_seqs, is_taken = self._service, 0, False
+        service, num_seqs, is_taken, is_settled = self._service, 0, False, False
         delivered = Usage(num_prompt_tokens=len(prompt))
+
+        def settle(outcome: Outcome, usage: Usage | None) -> None:
+            # Once: an engine can die, or a caller leave, between its taking the prompt and our
+            # hearing of that.
+            nonlocal is_settled
+            if not is_settled:
+                is_settled = True
+                self._settle(outcome, usage or delivered)
+
         try:
             num_seqs = await service.admission.turn(
                 self._key, price, work.params.n, self.service_tier
@@ -251,7 +260,7 @@ class Run:
                 work.params,
                 cache_salt="" if service.keys is None else service.keys.cache_salt(self._key),
                 grammar=work.grammar,
-                settled=lambda outcome, usage: self._settle(outcome, usage or delivered),
+                settled=settle,
             )
             is_taken = True
             self._received.put_nowait(None)
@@ -274,7 +283,7 @@ class Run:
             if num_seqs:
                 service.admission.done(num_seqs)
             if not is_taken:
-                self._settle(Outcome.ABORTED, Usage())
+                settle(Outcome.ABORTED, Usage())
 
     def _deliver(self, first_index: int, delta: OutputDelta) -> None:
         if delta.finish_reason is FinishReason.ERROR:

@@ -33,6 +33,11 @@ class ToolUse:
         return bool(self.tools) and self.choice != "none"
 
     @property
+    def names(self) -> frozenset[str]:
+        """Of the tools that the model may call."""
+        return frozenset(t.function.name for t in self.tools) if self.is_active else frozenset()
+
+    @property
     def is_required(self) -> bool:
         return self.choice == "required" or isinstance(self.choice, NamedTool)
 

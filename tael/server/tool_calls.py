@@ -1,14 +1,16 @@
 """Tool calls in the text of a model.
 
 The families that Tael ships write them as Hermes does, and as the templates of Qwen ask for:
-``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``. A model whose template has no tools is
-offered none.
+``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``. Qwen2.5-Coder leaves out the tags, so
+an answer that is nothing but such an object, with the name of a tool that was offered, is a call
+too. A model whose template has no tools is offered none.
 """
 
 from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Collection
 from typing import Any
 
 from tael.engine.output import overlap
@@ -22,16 +24,22 @@ class ToolCallParser:
     one that is not a call after all is content.
     """
 
-    def __init__(self, is_active: bool) -> None:
+    def __init__(self, names: Collection[str]) -> None:
+        """``names`` are those of the tools on offer."""
         self.num_calls = 0
-        self._is_active = is_active
+        self._names = names
+        self._is_begun = False
+        """Whether anything was said before ``_text``."""
         self._text = ""
         """What is not yet known to be content or a call."""
 
     def push(self, text: str) -> list[dict[str, Any]]:
-        if not self._is_active:
+        if not self._names:
             return [{"content": text}] if text else []
         self._text += text
+        if not self._is_begun and self._text.lstrip()[:1] in ("", "{"):
+            return []  # it could be a call without tags
+        self._is_begun = True
         parts: list[dict[str, Any]] = []
         while True:
             begin = self._text.find(BEGIN)
@@ -48,7 +56,8 @@ class ToolCallParser:
     def end(self) -> list[dict[str, Any]]:
         """What was held back."""
         parts: list[dict[str, Any]] = []
-        if self._text.startswith(BEGIN):  # some models leave out the closing tag
+        call = None if self._is_begun else _parsed(self._text)
+        if (call is not None and call["name"] in self._names) or self._text.startswith(BEGIN):
             self._take_call(len(self._text), parts)
         self._take_content(len(self._text), parts)
         return parts

@@ -184,3 +184,41 @@ def test_callers_cannot_name_requests(server: Running) -> None:
         for _ in range(3)
     }
     assert len(ids) == 3
+
+
+BOMBS: list[dict[str, Any]] = [
+    schema({"type": "string", "pattern": "(a+)+b"}),
+    schema({"type": "string", "pattern": "((a{0,100}){0,100}){0,100}b"}),
+    schema({"type": "string", "pattern": "(x|" * 500 + "y" + ")" * 500}),
+    schema({"anyOf": [{"type": "string", "pattern": "x" * i + ".*y"} for i in range(200)]}),
+    schema({"type": "array", "minItems": 10**9, "items": {"type": "integer"}}),
+    schema({"$ref": "#"}),
+    schema({"$ref": "http://169.254.169.254/schema.json"}),
+    schema({"$ref": "file:///etc/passwd"}),
+    {"messages": [{"role": "user", "content": "{{ ''.__class__.__mro__ }}{% for x in y %}"}]},
+    {"messages": [{"role": "user", "content": "<eos>" * 10, "name": "../../etc/passwd"}]},
+    {"user": "../../etc/passwd", "metadata": {"../..": "\u0000"}},
+    {"n": 128, "max_tokens": 1},
+    {"stop": ["\ud83d\ude00" * 500], "logit_bias": {str(i): -100 for i in range(256)}},
+]
+
+
+def test_bombs_harm_nobody(server: Running) -> None:
+    """Refused or answered, while another stream keeps its tokens."""
+    client = server.openai()
+    canary: dict[str, Any] = {
+        "model": MODEL,
+        "prompt": "abc",
+        "temperature": 0,
+        "max_tokens": 240,
+        "extra_body": {"ignore_eos": True},
+    }
+    expected = client.completions.create(**canary).choices[0].text
+    stream = client.completions.create(stream=True, **canary)
+    text = next(iter(stream)).choices[0].text
+    with server.http() as http:
+        for bomb in BOMBS:
+            response = http.post("/v1/chat/completions", json={**CHAT, **bomb})
+            assert response.status_code in (200, 400), response.text
+    assert text + "".join(chunk.choices[0].text for chunk in stream) == expected
+    assert server.service.engine.num_restarts == 0

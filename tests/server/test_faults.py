@@ -79,6 +79,13 @@ def metric(server: Running, name: str) -> float:
     return float(next(line.split()[1] for line in lines if line.startswith(f"{name} ")))
 
 
+def num_requests(server: Running) -> float:
+    """Those that were settled."""
+    with server.http() as http:
+        lines = http.get("/metrics").text.splitlines()
+    return sum(float(line.split()[1]) for line in lines if line.startswith("tael_requests_total{"))
+
+
 def test_one_disconnect_ends_one_request(server: Running) -> None:
     client = server.openai()
     expected = client.completions.create(model=MODEL, prompt="abc", temperature=0, **ENDLESS)
@@ -135,6 +142,22 @@ def test_a_hanging_engine_is_replaced(fragile: Running) -> None:
     assert "retry-after" in error.response.headers
     eventually(lambda: is_ready(fragile))
     assert pid_of(fragile) != pid
+
+
+def test_requests_of_many_prompts_survive_a_hang_uncounted(fragile: Running) -> None:
+    """Some of their prompts run, others have been sent, the rest waits: each ends once."""
+    body = {"model": MODEL, "prompt": ["a" * 50] * 16, "max_tokens": 200, "ignore_eos": True}
+    num_settled = num_requests(fragile)
+    connections = [sent(fragile, body) for _ in range(3)]
+    eventually(lambda: fragile.service.admission.num_waiting > 0)
+    pid = pid_of(fragile)
+    os.kill(pid, signal.SIGSTOP)
+    for connection in connections:
+        connection.settimeout(60)
+        assert connection.recv(12) == b"HTTP/1.1 503"
+        connection.close()
+    eventually(lambda: is_ready(fragile) and fragile.is_idle())
+    assert num_requests(fragile) == num_settled + 3
 
 
 def test_no_engine_is_answered_at_once(fragile: Running) -> None:

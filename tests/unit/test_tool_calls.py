@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 pytest.importorskip("fastapi")
 from tael.server.tool_calls import ToolCallParser
 
+BARE = '{"name": "f", "arguments": {"x": [1, "</b>"]}}'
 CALL = '<tool_call>\n{"name": "f", "arguments": {"x": [1, "</b>"]}}\n</tool_call>'
 
 
-def parsed(pieces: list[str], is_active: bool = True) -> tuple[str, list[Any]]:
-    parser = ToolCallParser(is_active)
+def parsed(pieces: list[str], names: tuple[str, ...] = ("f",)) -> tuple[str, list[Any]]:
+    parser = ToolCallParser(names)
     parts = [part for piece in pieces for part in parser.push(piece)] + parser.end()
     calls = [call for part in parts for call in part.get("tool_calls", ())]
     assert [call["index"] for call in calls] == list(range(parser.num_calls))
@@ -34,6 +35,11 @@ TEXTS = [
     ("<tool_call>nonsense</tool_call>!", "<tool_call>nonsense</tool_call>!", 0),
     ('<tool_call>{"name": "f", "arguments": {"x": [1, "</b>"]}}', "", 1),
     ('<tool_call>{"name": 3}</tool_call>', '<tool_call>{"name": 3}</tool_call>', 0),
+    (BARE, "", 1),
+    (f" \n{BARE}\n", "", 1),
+    (f"So: {BARE}", f"So: {BARE}", 0),
+    (BARE.replace('"f"', '"g"'), BARE.replace('"f"', '"g"'), 0),
+    ('{"a": 1} is an object', '{"a": 1} is an object', 0),
     ("<tool_call>" * 3, "<tool_call>" * 3, 0),
 ]
 
@@ -50,4 +56,4 @@ def test_calls_are_found(text: str, content: str, num_calls: int, data: st.DataO
 
 
 def test_without_tools_nothing_is_a_call() -> None:
-    assert parsed([CALL], is_active=False) == (CALL, [])
+    assert parsed([CALL], names=()) == (CALL, [])
