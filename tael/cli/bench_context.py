@@ -117,7 +117,7 @@ def command(
     from tael import __version__
     from tael.backends.cpu.backend import chosen_isa
     from tael.config import EngineConfig
-    from tael.evals.context.modes import parse_mode
+    from tael.evals.context.modes import parse_modes
     from tael.evals.context.plot import plot_quality
     from tael.evals.context.report import Slo, render, to_json
     from tael.evals.context.suite import Settings, run_suite
@@ -127,7 +127,7 @@ def command(
 
     settings = Settings(
         model=model,
-        modes=tuple(parse_mode(text) for text in mode_texts),
+        modes=parse_modes(mode_texts),
         lengths=lengths,
         tasks=tuple(TASKS) if tasks is None else parse_tasks(tasks),
         num_samples=samples,

@@ -28,8 +28,9 @@ def test_prompts_begin_with_the_haystack(llm: LLM) -> None:
     prompts = PromptFormat(llm.engine.tokenizer)
     prefix = prompts.prefix("Amber is 1234567.")
     asked = [prefix + prompts.suffix(question) for question in QUESTIONS]
-    assert bytes(prefix) == f"user: {INTRODUCTION}Amber is 1234567.\n\n".encode()
-    assert bytes(asked[0][len(prefix) :]) == (b"Question: What is amber?\nassistant: amber is")
+    decode = llm.engine.tokenizer.decode
+    assert decode(prefix) == f"user: {INTRODUCTION}Amber is 1234567.\n\n"
+    assert decode(asked[0][len(prefix) :]) == "Question: What is amber?\nassistant: amber is"
     llm.generate([prefix], SamplingParams(max_tokens=1))
     for output in llm.generate(asked, SamplingParams(max_tokens=1)):
         assert output.usage.num_cached_tokens == len(prefix) // BLOCK_SIZE * BLOCK_SIZE > 0
@@ -84,7 +85,8 @@ def test_command(model_path: Callable[[str], Path], tmp_path: Path) -> None:
     assert result["tasks"]["needle_digits"]
     assert result["modes"]["drafts"]["ec_rel"] in (0, 768)
     exact, drafts = result["cells"]
-    assert exact["answers"] == drafts["answers"]
+    assert set(drafts["answers"]) == {task for task, counts in result["tasks"].items() if counts}
+    assert exact["answers"].items() >= drafts["answers"].items()
     assert exact["log_likelihoods"] == drafts["log_likelihoods"]
     assert drafts["retention"]["retrieval"]["mean"] == 0 and not result["flips"]
     assert drafts["divergence"]["mean_kld"] == 0 and drafts["divergence"]["num_positions"] == 64

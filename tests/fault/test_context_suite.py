@@ -27,8 +27,8 @@ from tael.llm import open_engine
 LENGTH = 1024
 TASK = "needle_digits"
 
-Damage = Callable[["Damaged", ForwardBatch, NDArray[np.int32]], None]
-"""(backend, batch of the haystack, its blocks in the middle half)"""
+Damage = Callable[["Damaged", ForwardBatch, range], None]
+"""(backend, batch of the haystack, entries of its block table that are its middle half)"""
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Damaged:
 
     def forward(self, batch: ForwardBatch) -> HeadOutput:
         head = self.backend.forward(batch)
-        if batch.positions[0] == 0 and len(batch.positions) > LENGTH // 2:
+        if len(batch.query_start) == 2 and len(batch.positions) > LENGTH // 2:
             kept = replace(
                 head,
                 top_token_ids=head.top_token_ids.copy(),
@@ -49,42 +49,41 @@ class Damaged:
                 sum_exp=head.sum_exp.copy(),
                 logits=head.logits.copy(),
             )
-            num_blocks = len(batch.positions) // BLOCK_SIZE
-            middle = batch.block_tables[0][0, num_blocks // 4 : num_blocks * 3 // 4]
-            self.damage(self, batch, middle)
+            num_blocks = int(batch.positions[-1] + 1) // BLOCK_SIZE
+            self.damage(self, batch, range(num_blocks // 4, num_blocks * 3 // 4))
             return kept
         return head
 
 
-def evict(backend: Damaged, batch: ForwardBatch, blocks: NDArray[np.int32]) -> None:
-    backend.pool[blocks] = 0
+def evict(backend: Damaged, batch: ForwardBatch, rows: range) -> None:
+    backend.pool[batch.block_tables[0][0, rows]] = 0
 
 
-def forget_a_scale(backend: Damaged, batch: ForwardBatch, blocks: NDArray[np.int32]) -> None:
+def forget_a_scale(backend: Damaged, batch: ForwardBatch, rows: range) -> None:
     """Keys and values are four times what they should be: 2 more in the exponent of a bf16."""
-    backend.pool.view(np.uint16)[blocks] += 2 << 7
+    backend.pool.view(np.uint16)[batch.block_tables[0][0, rows]] += 2 << 7
 
 
-def rotate_wrongly(backend: Damaged, batch: ForwardBatch, blocks: NDArray[np.int32]) -> None:
-    """Every other token has the keys of a place some blocks further on."""
-    first = int(np.flatnonzero(batch.block_tables[0][0] == blocks[0])[0])
+def rotate_wrongly(backend: Damaged, batch: ForwardBatch, rows: range) -> None:
+    """Every other token has the keys of a place some blocks further on: computed there, and
+    written to its own block by a block table that says so."""
     table = batch.block_tables[0][0]
-    shift = len(blocks) // 2
-    for i, block in enumerate(blocks):
-        shifted = np.concatenate([table[: first + i], table[:shift], [block]]).astype(np.int32)
-        start = (first + i) * BLOCK_SIZE
-        for position in range(start + 1, start + BLOCK_SIZE, 2):
-            backend.backend.forward(
-                ForwardBatch(
-                    token_ids=batch.token_ids[position : position + 1],
-                    positions=np.array([position + shift * BLOCK_SIZE], np.int32),
-                    query_start=np.array([0, 1], np.int32),
-                    block_tables=(shifted[None],),
-                    logits_indices=np.array([0], np.int32),
-                    temperatures=np.ones(1, np.float32),
-                    full_logits=np.zeros(1, np.bool_),
-                )
+    shift = len(rows) // 2
+    for row in rows:
+        moved = np.concatenate([table[:row], table[:shift], table[row : row + 1]])
+        positions = np.arange(row * BLOCK_SIZE + 1, (row + 1) * BLOCK_SIZE, 2, dtype=np.int32)
+        n = len(positions)
+        backend.backend.forward(
+            ForwardBatch(
+                token_ids=batch.token_ids[positions - batch.positions[0]],
+                positions=positions + shift * BLOCK_SIZE,
+                query_start=np.arange(n + 1, dtype=np.int32),
+                block_tables=(np.tile(moved, (n, 1)),),
+                logits_indices=np.array([0], np.int32),
+                temperatures=np.ones(1, np.float32),
+                full_logits=np.zeros(1, np.bool_),
             )
+        )
 
 
 @dataclass
@@ -103,13 +102,15 @@ class Suite:
     def __init__(self, path: Path) -> None:
         self.path = path
         tokenizer = self.engine().tokenizer
-        made = make_samples(tokenizer, TASK, LENGTH, num_samples=6, num_questions=4, seed=0)
+        made = make_samples(tokenizer, TASK, LENGTH, num_samples=5, num_questions=4, seed=0)
         self.samples: dict[str, list[Sample]] = {TASK: made}
         self.texts = make_texts(tokenizer, LENGTH, num_texts=1, seed=0)
         self.exact = self.measure(self.engine())
 
     def engine(self) -> Engine:
-        config = EngineConfig(max_model_len=LENGTH, scheduler=SchedulerConfig(8, LENGTH))
+        config = EngineConfig(
+            max_model_len=LENGTH, scheduler=SchedulerConfig(BLOCK_SIZE // 2, LENGTH)
+        )
         return open_engine(str(self.path), config)
 
     def measure(self, engine: Engine) -> Outcome:

@@ -12,7 +12,7 @@ import pytest
 from tael.config import EngineConfig
 from tael.errors import TaelError
 from tael.evals.context.cell import Answer, Cost
-from tael.evals.context.modes import EXACT, Mode, parse_mode
+from tael.evals.context.modes import EXACT, Mode, parse_mode, parse_modes
 from tael.evals.context.plot import plot_quality
 from tael.evals.context.report import Slo, by_depth, flips, headline, render, retentions, to_json
 from tael.evals.context.sample import Question, Sample
@@ -140,3 +140,8 @@ def test_modes_change_settings() -> None:
 def test_bad_modes_are_refused(text: str) -> None:
     with pytest.raises(TaelError):
         parse_mode(text)
+
+
+def test_modes_of_one_name_are_refused() -> None:
+    with pytest.raises(TaelError, match="'a'"):
+        parse_modes(["a=speculation:off", "b=speculation:off", "a=speculation:on"])

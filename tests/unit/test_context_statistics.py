@@ -70,6 +70,12 @@ def test_no_loss_among_few_questions_proves_little(n: int, kept: bool) -> None:
     assert (verdict(retention(scores, scores), 0.02) == "kept") is kept
 
 
+def test_gains_among_few_questions_prove_no_more() -> None:
+    exact = {"a": [[0.0, 1.0, 1.0], [1.0, 1.0, 1.0]]}
+    mode = {"a": [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]}
+    assert verdict(retention(exact, mode), 0.02) == "open"
+
+
 def test_verdicts() -> None:
     rng = np.random.default_rng(0)
     right = {"a": np.ones((20, 20)).tolist()}
@@ -77,7 +83,7 @@ def test_verdicts() -> None:
     one = {"a": [[0.0] + [1.0] * 19, *[[1.0] * 20] * 19]}
     assert verdict(retention(right, bad), 0.02) == "lost"
     assert verdict(retention(right, one), 0.02) == "kept"
-    assert verdict(retention(bad, right), 0.02) == "kept"
+    assert verdict(retention(bad, right), 0.02) == "kept"  # 400 questions, no loss
     few = {"a": [[1.0] * 9]}
     assert verdict(retention(few, {"a": [[0.0] + [1.0] * 8]}), 0.02) == "open"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tael.config import EngineConfig
@@ -23,6 +24,15 @@ class Mode:
 
 
 EXACT = Mode("exact")
+
+
+def parse_modes(texts: Sequence[str]) -> tuple[Mode, ...]:
+    """Each as ``parse_mode`` reads it. Raises TaelError if two have the same name."""
+    modes = tuple(map(parse_mode, texts))
+    names = [mode.name for mode in modes]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise TaelError(f"two modes are called {twice.pop()!r}; give them different names.")
+    return modes
 
 
 def parse_mode(text: str) -> Mode:

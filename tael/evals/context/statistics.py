@@ -1,14 +1,15 @@
 """Means with intervals, from scores that come in haystacks.
 
 Questions about one haystack share its luck, so the bootstrap draws whole haystacks. It is blind
-where nothing varies: of ten right answers it makes an interval of no width. There the bound is the
-exact one for a share of which no exception was seen in n trials (for 95%, about 3/n).
+where nothing varies: of ten right answers it makes an interval of no width. There, and where no
+answer is worse, the bound is the exact one for exceptions of which n trials showed none (for 95%,
+about 3/n).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -48,7 +49,15 @@ def retention(exact: Scores, mode: Scores) -> Estimate:
         ]
         for task in exact
     }
-    return _estimate(differences, -1.0, 1.0)
+    estimate = _estimate(differences, -1.0, 1.0)
+    if min(d for task in differences.values() for haystack in task for d in haystack) < 0:
+        return estimate
+    n = estimate.num_questions
+    return replace(
+        estimate,
+        low=min(estimate.low, -_share_unseen(n, 0.025)),
+        lower_bound=min(estimate.lower_bound, -_share_unseen(n, 0.05)),
+    )
 
 
 def verdict(retention: Estimate, margin: float) -> str:
@@ -77,12 +86,17 @@ def _estimate(scores: Scores, least: float, most: float) -> Estimate:
     mean = float(np.mean([np.mean(np.concatenate(task)) for task in scores.values()]))
     values = np.concatenate([np.concatenate(task) for task in scores.values()])
     if np.ptp(values) == 0.0:
-        both, one = (1.0 - alpha ** (1.0 / len(values)) for alpha in (0.025, 0.05))
+        both, one = _share_unseen(len(values), 0.025), _share_unseen(len(values), 0.05)
         low, high = max(least, mean - both), min(most, mean + both)
         lower_bound, upper_bound = max(least, mean - one), min(most, mean + one)
     return Estimate(
         mean, float(low), float(high), float(lower_bound), float(upper_bound), len(values)
     )
+
+
+def _share_unseen(num_trials: int, alpha: float) -> float:
+    """The largest share of exceptions with which ``num_trials`` have none in ``alpha`` of cases."""
+    return float(1.0 - alpha ** (1.0 / num_trials))
 
 
 def _resampled_means(
