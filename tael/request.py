@@ -78,6 +78,8 @@ class Usage:
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     """Prompt tokens read from the prefix cache instead of computed."""
+    num_restored_tokens: int = 0
+    """Those of them that had to be brought back from disk."""
     num_output_tokens: int = 0
     num_draft_tokens: int = 0
     """Guessed output tokens that the model verified."""
@@ -138,6 +140,8 @@ class Request:
         """Tokens at the front of ``token_ids`` whose KV exists."""
         self.block_hashes: list[bytes] = []
         """Identities of the full blocks at the front of ``token_ids``, as far as computed."""
+        self.num_resident_tokens: int | None = None
+        """Of its prefix, those in memory when the rest began to come back from disk."""
         self.status = RequestStatus.WAITING
         self.finish_reason: FinishReason | None = None
         self.logprobs: list[TokenLogprobs] = []

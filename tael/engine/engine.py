@@ -286,6 +286,7 @@ def _total(usages: Sequence[Usage]) -> Usage:
     return Usage(
         num_prompt_tokens=first.num_prompt_tokens,
         num_cached_tokens=first.num_cached_tokens,
+        num_restored_tokens=first.num_restored_tokens,
         num_output_tokens=sum(usage.num_output_tokens for usage in usages),
         num_draft_tokens=sum(usage.num_draft_tokens for usage in usages),
         num_accepted_tokens=sum(usage.num_accepted_tokens for usage in usages),
