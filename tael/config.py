@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from tael.errors import TaelError
 
@@ -42,7 +43,9 @@ class EngineConfig:
     ``memory_bytes`` bounds the whole process: weights, KV cache, workspace and the
     interpreter (None: what the machine can spare). ``max_model_len`` bounds the context in
     tokens (None: what the model was trained for and the memory holds). ``speculation`` guesses
-    tokens from the text and verifies several at once; it changes no token.
+    tokens from the text and verifies several at once; it changes no token. ``cache_dir`` is a
+    folder in which finished requests leave their KV blocks for later ones and later processes, at
+    most ``cache_bytes`` of them (None: they are kept in memory only).
     """
 
     backend: str = "cpu"
@@ -50,6 +53,8 @@ class EngineConfig:
     max_model_len: int | None = None
     num_threads: int | None = None
     speculation: bool = True
+    cache_dir: Path | None = None
+    cache_bytes: int = 10 << 30
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
 
     def __post_init__(self) -> None:

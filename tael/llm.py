@@ -70,8 +70,10 @@ class LLM:
 
     ``model`` is a name of the catalogue, a path, or ``file:``, ``hf:``, ``ms:`` or ``pypi:`` and
     what follows; it is pulled if it is not here, and ``progress`` shows that. ``memory`` bounds
-    the process, in bytes or as "2GiB" (None: what the machine can spare). Raises TaelError for a
-    model that cannot be had or read and for a budget that does not hold it.
+    the process, in bytes or as "2GiB" (None: what the machine can spare). ``kv_cache_dir`` is a
+    folder, of this LLM alone while it lives, in which prefixes outlive the process, up to
+    ``kv_cache_size``. Raises TaelError for a model that cannot be had or read, for a budget that
+    does not hold it and for a folder that cannot be used.
     """
 
     def __init__(
@@ -85,14 +87,18 @@ class LLM:
         max_num_seqs: int = 32,
         max_num_batched_tokens: int = 512,
         speculation: bool = True,
+        kv_cache_dir: str | Path | None = None,
+        kv_cache_size: int | str = "10GiB",
         progress: Progress | None = None,
     ) -> None:
         config = EngineConfig(
             backend=backend,
-            memory_bytes=parse_bytes(memory) if isinstance(memory, str) else memory,
+            memory_bytes=None if memory is None else _bytes(memory),
             max_model_len=max_model_len,
             num_threads=num_threads,
             speculation=speculation,
+            cache_dir=None if kv_cache_dir is None else Path(kv_cache_dir),
+            cache_bytes=_bytes(kv_cache_size),
             scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens),
         )
         path = resolve(model, progress=progress)
@@ -171,8 +177,10 @@ class LLM:
             )
 
     def close(self) -> None:
-        """Drop what is unfinished and release the memory."""
+        """Drop what is unfinished, finish storing prefixes and release the memory."""
         with self._lock:
+            if self._engine is not None:
+                self._engine.close()
             self._engine = None
 
     def __enter__(self) -> LLM:
@@ -248,6 +256,10 @@ def gathered(prompt_token_ids: Sequence[int], deltas: Iterable[OutputDelta]) -> 
         )
     assert usage is not None
     return RequestOutput(tuple(prompt_token_ids), tuple(outputs), usage)
+
+
+def _bytes(size: int | str) -> int:
+    return parse_bytes(size) if isinstance(size, str) else size
 
 
 def _load(

@@ -202,7 +202,8 @@ class CacheManager:
         return sum(pool.num_referenced for pool in self.pools)
 
     def check(self) -> None:
-        """Assert every invariant of the pools, and that references are what tables and transfers say."""
+        """Assert every invariant of the pools, and that references are what tables and
+        transfers say."""
         for i, pool in enumerate(self.pools):
             pool.check()
             ref_counts = [0] * pool.num_blocks

@@ -78,7 +78,8 @@ class Offload:
                 else:
                     misses.append((i, g))
         num_bytes = sum(self._groups[g].block_bytes for _, g in misses)
-        if not self._tier.load_pays(num_bytes, (num_blocks - num_hits) * self._block_size):
+        num_tokens = (num_blocks - num_hits) * self._block_size
+        if not self._tier.load_pays(num_bytes, num_tokens):
             return Readiness.READY
 
         for g, block in hits:
@@ -91,7 +92,8 @@ class Offload:
             tuple(
                 self._transfer(request, chain, i, g, self._pools[g].take())
                 for i, g in sorted(misses)
-            )
+            ),
+            num_tokens,
         )
         self._loads[load] = hits
         self._tier.prepare_load(load)

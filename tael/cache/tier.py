@@ -48,6 +48,8 @@ class Load:
     """Blocks that are wanted together, in the order in which they are useful."""
 
     transfers: tuple[Transfer, ...]
+    num_tokens: int
+    """That need not be computed then."""
     num_loaded: int = 0
     """Of them, from the first, those whose verified bytes are in their blocks. The rest could not
     be had."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tael.cli.common import model_options, open_llm
+from tael.cli.common import kv_cache_options, model_options, open_llm
 
 if TYPE_CHECKING:
     from tael.evals.limits import Limits
@@ -55,6 +55,7 @@ COUNT.name = "N"
     help="Draw the decoding over the depths, or over the batches if those are more.",
 )
 @model_options
+@kv_cache_options
 def command(
     model: str | None,
     prompt: int,
@@ -67,6 +68,8 @@ def command(
     memory: int | None,
     threads: int | None,
     context: int | None,
+    kv_cache_dir: Path | None,
+    kv_cache_size: int,
 ) -> None:
     """Measure prefill and decode, for every --depth and size of --batch, beside what the machine's
     memory and arithmetic allow."""
@@ -78,7 +81,15 @@ def command(
     from tael.loader.sources import resolve
 
     name = model or DEFAULT_MODEL
-    llm = open_llm(name, memory, threads, context, quiet=as_json)
+    llm = open_llm(
+        name,
+        memory,
+        threads,
+        context,
+        kv_cache_dir=kv_cache_dir,
+        kv_cache_size=kv_cache_size,
+        quiet=as_json,
+    )
     weights = load_prepared(resolve(name)).weights
     limits = measure_limits(threads or available_cores())
     rows: list[dict[str, Any]] = []

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tael.cli.common import (
+    kv_cache_options,
     model_options,
     open_llm,
     sampling_options,
@@ -58,6 +59,7 @@ NUMBERS = (
 @click.option("--system", metavar="TEXT", help="System prompt.")
 @sampling_options
 @model_options
+@kv_cache_options
 @speculation_option
 def command(
     model: str | None,
@@ -66,6 +68,8 @@ def command(
     threads: int | None,
     context: int | None,
     speculation: bool,
+    kv_cache_dir: Path | None,
+    kv_cache_size: int,
     **sampling: Any,
 ) -> None:
     """Talk with a model. /help lists the commands."""
@@ -79,7 +83,16 @@ def command(
 
     params = SamplingParams(**sampling)
     model = model or DEFAULT_MODEL
-    with open_llm(model, memory, threads, context, speculation=speculation, quiet=False) as llm:
+    with open_llm(
+        model,
+        memory,
+        threads,
+        context,
+        speculation=speculation,
+        kv_cache_dir=kv_cache_dir,
+        kv_cache_size=kv_cache_size,
+        quiet=False,
+    ) as llm:
         if not llm.engine.tokenizer.has_chat_template:
             raise TaelError(f"{model} has no chat template; complete texts with: tael run {model}.")
         chat = Chat(llm, params, system)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -50,6 +51,28 @@ speculation_option = click.option(
 """Also an argument of ``open_llm``; not for what measures steps of one token."""
 
 
+def kv_cache_options(command: F) -> F:
+    """Also arguments of ``open_llm``."""
+    for option in (
+        click.option(
+            "--kv-cache-size",
+            type=byte_size,
+            default="10GiB",
+            metavar="SIZE",
+            show_default=True,
+            help="Most that the folder holds.",
+        ),
+        click.option(
+            "--kv-cache-dir",
+            type=click.Path(file_okay=False, path_type=Path),
+            metavar="DIR",
+            help="Keep the KV of finished requests in this folder, also for later runs.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 def sampling_options(command: F) -> F:
     """Fields of ``SamplingParams``. The defaults suit small models: nearly greedy, since they
     lose the thread at temperature 1, and bounded, since some never end by themselves."""
@@ -77,6 +100,8 @@ def open_llm(
     context: int | None,
     *,
     speculation: bool = True,
+    kv_cache_dir: Path | None = None,
+    kv_cache_size: int | str = "10GiB",
     quiet: bool,
 ) -> LLM:
     """Load a model, pulling it if need be, and say on stderr what it can hold."""
@@ -89,6 +114,8 @@ def open_llm(
             max_model_len=context,
             num_threads=threads,
             speculation=speculation,
+            kv_cache_dir=kv_cache_dir,
+            kv_cache_size=kv_cache_size,
             progress=progress,
         )
     if not quiet:
@@ -102,6 +129,9 @@ def statistics(usage: Usage, reason: FinishReason | None) -> str:
     from tael.memory.process import peak_rss_bytes
     from tael.request import FinishReason
 
+    cached = f"{usage.num_cached_tokens:,} cached"
+    if usage.num_restored_tokens > 0:
+        cached += f", {usage.num_restored_tokens:,} of them from disk"
     cut = ", cut off at the token limit" if reason is FinishReason.LENGTH else ""
     speculation = ""
     if usage.num_draft_tokens > 0:
@@ -113,7 +143,7 @@ def statistics(usage: Usage, reason: FinishReason | None) -> str:
             f"({tokens_per_step:.1f} tokens a step), "
         )
     return (
-        f"prompt {usage.num_prompt_tokens:,} tokens ({usage.num_cached_tokens:,} cached), "
+        f"prompt {usage.num_prompt_tokens:,} tokens ({cached}), "
         f"first token after {usage.time_to_first_token_s:.2f} s, "
         f"{usage.num_output_tokens:,} tokens at {usage.decode_tokens_per_s:.1f}/s, "
         f"{speculation}KV {format_bytes(usage.kv_bytes)}, "

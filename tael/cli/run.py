@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tael.cli.common import (
+    kv_cache_options,
     model_options,
     open_llm,
     sampling_options,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
 @sampling_options
 @model_options
+@kv_cache_options
 @speculation_option
 def command(
     words: tuple[str, ...],
@@ -49,6 +51,8 @@ def command(
     threads: int | None,
     context: int | None,
     speculation: bool,
+    kv_cache_dir: Path | None,
+    kv_cache_size: int,
     **sampling: Any,
 ) -> None:
     """Answer PROMPT; "-" reads it from standard input. The answer goes to standard output, the
@@ -58,7 +62,16 @@ def command(
     model, question = _model_and_question(words)
     text = _prompt_text(question, files)
     params = SamplingParams(**sampling)
-    with open_llm(model, memory, threads, context, speculation=speculation, quiet=as_json) as llm:
+    with open_llm(
+        model,
+        memory,
+        threads,
+        context,
+        speculation=speculation,
+        kv_cache_dir=kv_cache_dir,
+        kv_cache_size=kv_cache_size,
+        quiet=as_json,
+    ) as llm:
         prompt = _prompt(llm, model, text, system, raw)
         if as_json:
             _print_json(llm, model, prompt, params)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import time
+import weakref
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +21,8 @@ from tael.errors import TaelError
 from tael.loader.tokenizer import Tokenizer
 from tael.memory.budget import available_memory_bytes, format_bytes, kv_budget, plan_pools
 from tael.memory.kv_store import KVStore
+from tael.memory.tiers.disk import DiskTier
+from tael.memory.tiers.disk import overhead_bytes as tier_overhead_bytes
 from tael.models.spec import CacheGroup, ModelSpec, cache_groups
 from tael.request import FinishReason, Request, SamplingParams, TokenLogprobs, Usage
 from tael.speculative.drafter import Drafter
@@ -35,6 +39,13 @@ OVERHEAD_BYTES = 12 << 20
 SAMPLING_BYTES = 96
 """Per token of the vocabulary, for the temporaries of sampling. Measured: 84, with top_p at a
 high temperature."""
+
+
+NUM_PREFILL_TOKENS = 128
+"""A step of so many tokens or more says how fast prompts are computed."""
+
+TIER_WAIT_S = 0.01
+"""A step waits no longer for blocks from disk: the caller may have something else to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +97,8 @@ class Engine:
         if config.max_model_len is not None:
             longest = min(longest, config.max_model_len)
         workspace_bytes = overhead_bytes(spec) + backend.reserve(config.scheduler, longest)
+        if config.cache_dir is not None:
+            workspace_bytes += tier_overhead_bytes(config.cache_bytes, groups)
         kv_bytes = kv_budget(
             self.memory_bytes, backend.weights_bytes, workspace_bytes, baseline_bytes
         )
@@ -93,9 +106,24 @@ class Engine:
         self.max_model_len = plan.max_model_len
         self.kv_store = KVStore(groups, plan.num_blocks)
         backend.bind_kv(self.kv_store.pools)
-        # Blocks live no longer than this engine and its weights, so the spec identifies them.
-        fingerprint = hashlib.sha256(repr(spec).encode()).digest()
-        self.manager = CacheManager(groups, plan.num_blocks, BLOCK_SIZE, fingerprint)
+        fingerprint = kv_fingerprint(spec, backend)
+        self.tier: DiskTier | None = None
+        if config.cache_dir is not None:
+            if not backend.fingerprint:
+                raise TaelError(
+                    "prefixes can be kept on disk by the cpu backend only; leave out the folder "
+                    "for KV blocks."
+                )
+            self.tier = DiskTier(config.cache_dir, config.cache_bytes, self.kv_store, fingerprint)
+            # Also when the engine is dropped without close(), or the program ends.
+            self._close_tier = weakref.finalize(self, self.tier.close)
+        self.manager = CacheManager(
+            groups,
+            plan.num_blocks,
+            BLOCK_SIZE,
+            json.dumps(fingerprint, sort_keys=True).encode(),
+            self.tier,
+        )
         drafter = Drafter() if config.speculation else None
         self.scheduler = Scheduler(config.scheduler, self.manager, self.max_model_len, drafter)
         self._unfinished: dict[str, list[_Completion]] = {}
@@ -146,9 +174,14 @@ class Engine:
         """Compute one step of the unfinished requests.
 
         An exception in the sampling or the text of one request ends that request with the reason
-        ERROR; any other is raised.
+        ERROR; any other is raised. If all requests wait for blocks from disk, so does the step, for
+        a moment.
         """
         schedule = self.scheduler.schedule()
+        if self.tier and not schedule.scheduled:
+            self.tier.wait(TIER_WAIT_S)
+            return []
+        start = time.monotonic()
         result = run_step(schedule, self.manager, self.backend, self._sample)
         deltas = [self._fail(self._completions[key], e) for key, e in result.errors.items()]
         pieces: dict[str, Piece] = {}
@@ -159,6 +192,9 @@ class Engine:
                 deltas.append(self._fail(self._completions[key], error))
         self.scheduler.update(schedule, {key: p.token_ids for key, p in pieces.items()})
         now = time.monotonic()
+        num_tokens = sum(entry.num_scheduled_tokens for entry in schedule.scheduled)
+        if self.tier and num_tokens >= NUM_PREFILL_TOKENS:
+            self.tier.observe_prefill(num_tokens, now - start)
         for key, piece in pieces.items():
             logprobs = result.logprobs[key][: len(piece.token_ids)]
             deltas.append(self._extend(self._completions[key], piece, logprobs, now))
@@ -178,6 +214,11 @@ class Engine:
 
     def has_unfinished(self) -> bool:
         return bool(self._unfinished)
+
+    def close(self) -> None:
+        """Finish what is being stored on disk. The engine must not be used afterwards."""
+        if self.tier:
+            self._close_tier()
 
     def describe(self) -> str:
         """One line: the longest context, what a token of it costs, and where the bytes go."""
@@ -263,6 +304,16 @@ class Engine:
 def overhead_bytes(spec: ModelSpec) -> int:
     """Memory that an engine takes besides the backend and the KV cache."""
     return OVERHEAD_BYTES + SAMPLING_BYTES * spec.vocab_size
+
+
+def kv_fingerprint(spec: ModelSpec, backend: Backend) -> dict[str, str]:
+    """All that the KV of given tokens depends on."""
+    return {
+        "family": spec.family,
+        "spec": hashlib.sha256(repr(spec).encode()).hexdigest(),
+        "block_size": str(BLOCK_SIZE),
+        **backend.fingerprint,
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from blake3 import blake3
 
 from tael.cache.block_hash import block_hash
@@ -79,9 +80,9 @@ def seal(
     buffer: Bytes, fingerprint: Mapping[str, str], transfer: Transfer, payload_bytes: int
 ) -> None:
     """Make ``buffer``, which has the payload in its place, the file of a block."""
-    buffer[:PAGE] = bytearray(_page(fingerprint, transfer, payload_bytes))
+    buffer[:PAGE] = _array(_page(fingerprint, transfer, payload_bytes))
     buffer[PAGE + payload_bytes :] = 0
-    buffer[8:_CHECKSUM_END] = bytearray(_checksum(buffer))
+    buffer[8:_CHECKSUM_END] = _array(_checksum(buffer))
 
 
 def check(
@@ -140,6 +141,10 @@ def _page(fingerprint: Mapping[str, str], transfer: Transfer, payload_bytes: int
     if len(page) > PAGE:
         raise ValueError(f"a header of {len(text)} bytes does not fit a page")
     return page.ljust(PAGE, b"\0")
+
+
+def _array(data: bytes) -> Bytes:
+    return np.frombuffer(data, np.uint8)
 
 
 def _checksum(buffer: Bytes) -> bytes:

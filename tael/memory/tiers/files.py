@@ -61,9 +61,14 @@ class Files:
 
     def list(self, folder: Path) -> list[tuple[str, int, int]]:
         """(name, bytes, time of last use in ns) of the files of a folder."""
+        files = []
         with os.scandir(folder) as entries:
-            stats = [(e.name, e.stat(follow_symlinks=False)) for e in entries]
-        return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+            for entry in entries:
+                with suppress(FileNotFoundError):  # removed meanwhile
+                    if entry.is_file(follow_symlinks=False):
+                        stat = entry.stat(follow_symlinks=False)
+                        files.append((entry.name, stat.st_size, stat.st_mtime_ns))
+        return files
 
     def touch(self, path: Path, time_ns: int) -> None:
         """Set the time of last use."""

@@ -37,9 +37,6 @@ class Index:
         """The file that was not used for longest."""
         return next(iter(self._files))
 
-    def has_room(self, num_bytes: int) -> bool:
-        return self.num_bytes + num_bytes <= self.capacity_bytes
-
     def clear(self) -> None:
         self._files.clear()
         self.num_bytes = 0
