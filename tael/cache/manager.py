@@ -213,7 +213,8 @@ class CacheManager:
                 for block in table[first:]:
                     ref_counts[block] += 1
             for group, block in self._offload.pins() if self._offload else ():
-                ref_counts[block] += group == i
+                if group == i:
+                    ref_counts[block] += 1
             assert ref_counts == [pool.ref_count(b) for b in range(pool.num_blocks)]
 
     def _num_reusable(self, request: Request) -> int:
