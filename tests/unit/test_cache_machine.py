@@ -104,7 +104,6 @@ class RandomTier:
         self.store = store
         self.random = random
         self.kept: dict[bytes, list[int | None]] = {}
-        self.num_loaded = 0
         self._loads: list[Load] = []
         self._ended: list[Load] = []
         self._stores: list[Transfer] = []
@@ -172,7 +171,6 @@ class RandomTier:
         if content is not None and self.random.random() < 0.95:
             self.store[transfer.group][transfer.block][:] = content
             load.num_loaded += 1
-            self.num_loaded += 1
         else:
             self.kept.pop(transfer.key, None)  # a bad file is removed
         if content is None or load.num_loaded == len(load.transfers):

@@ -83,7 +83,6 @@ class DiskTier:
         capacity_bytes: int,
         kv_store: KVStore,
         fingerprint: Mapping[str, str],
-        files: Files | None = None,
     ) -> None:
         self.folder = folder
         self.counters = Counters()
@@ -93,7 +92,7 @@ class DiskTier:
         self.index = Index(capacity_bytes)
         self._kv_store = kv_store
         self._fingerprint = fingerprint
-        self._files = files or Files()
+        self._files = Files()
         self._buffer = aligned_buffer(max(map(self._file_bytes, range(len(kv_store.pools)))))
         # What follows, and the above, are seen by both threads, under the lock of the condition.
         self._changed = threading.Condition()
@@ -338,6 +337,9 @@ class DiskTier:
             except FileNotFoundError:
                 with self._changed:
                     self.index.remove(key)
+            except OSError:  # the order of eviction is not worth more than this
+                self._count_error()
+                return
 
     def _shrink(self, max_bytes: int, chain: dict[bytes, None]) -> bool:
         """Evict files until the others hold at most ``max_bytes``. False, with as many evicted as

@@ -9,8 +9,8 @@ FORGIVENESS = 1.1
 measured, again once in a while."""
 PATIENCE = 4.0
 """A load is given up after this many times the time of computing again, and not before..."""
-MIN_PATIENCE_S = 1.0
-"""...this, since one that waits for the disk to wake costs nobody else anything."""
+MIN_PATIENCE_S = 10.0
+"""...this: so long takes a sleeping disk to wake. Nobody else waits for it."""
 
 
 class LoadPolicy:
