@@ -1,6 +1,6 @@
 """What a long context costs each token, with KV formats and reading budgets.
 
-    python -m benchmarks.long_context [--model NAME] [--depths 1024,30720] [--rounds 5] [--output FILE]
+    python -m benchmarks.long_context [--model NAME] [--depths 1024,30720] [--output FILE]
 
 For each mode, a context of every depth is computed once, with the mode's own prefill, and timed.
 Then 64 tokens are decoded behind each, in turn, and the ratio to the shortest is taken round by

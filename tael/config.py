@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from tael.errors import TaelError
 
@@ -82,10 +83,11 @@ class EngineConfig:
     interpreter (None: what the machine can spare). ``max_model_len`` bounds the context in
     tokens (None: what the model was trained for and the memory holds), and ``rope_scaling``
     takes it beyond the trained length. ``speculation`` guesses tokens from the text and
-    verifies several at once; it changes no token. ``kv_format`` is how
-    complete KV blocks are held (one of KV_FORMATS). ``kv_budget`` and ``prefill_budget`` bound the
-    tokens of context whose KV each query of the answer and of the prompt reads per KV head under
-    full attention (None: all).
+    verifies several at once; it changes no token. ``kv_format`` is how complete KV blocks are held
+    (one of KV_FORMATS). ``kv_budget`` and ``prefill_budget`` bound the tokens of context whose KV
+    each query of the answer and of the prompt reads per KV head under full attention (None: all).
+    ``cache_dir`` is a folder in which finished requests leave their KV blocks for later ones and
+    later processes, at most ``cache_bytes`` of them (None: they are kept in memory only).
     """
 
     backend: str = "cpu"
@@ -97,6 +99,8 @@ class EngineConfig:
     kv_format: str = "bf16"
     kv_budget: int | None = None
     prefill_budget: int | None = None
+    cache_dir: Path | None = None
+    cache_bytes: int = 10 << 30
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
 
     @property

@@ -75,8 +75,10 @@ class LLM:
     what follows; it is pulled if it is not here, and ``progress`` shows that. ``memory`` bounds
     the process, in bytes or as "2GiB" (None: what the machine can spare). ``max_model_len`` is the
     longest context in tokens; one beyond the trained length takes a ``rope_scaling`` ("yarn",
-    "yarn:4", "dynamic"). Raises TaelError for a model that cannot be had or read, a context that
-    it does not reach and a budget that does not hold it.
+    "yarn:4", "dynamic"). ``kv_cache_dir`` is a folder, of this LLM alone while it lives, in which
+    prefixes outlive the process, up to ``kv_cache_size``. Raises TaelError for a model that cannot
+    be had or read, a context that it does not reach, a budget that does not hold it and a folder
+    that cannot be used.
     """
 
     def __init__(
@@ -94,11 +96,13 @@ class LLM:
         kv_format: str = "bf16",
         kv_budget: int | None = None,
         prefill_budget: int | None = None,
+        kv_cache_dir: str | Path | None = None,
+        kv_cache_size: int | str = "10GiB",
         progress: Progress | None = None,
     ) -> None:
         config = EngineConfig(
             backend=backend,
-            memory_bytes=parse_bytes(memory) if isinstance(memory, str) else memory,
+            memory_bytes=None if memory is None else _bytes(memory),
             max_model_len=max_model_len,
             rope_scaling=RopeScaling.parse(rope_scaling) if rope_scaling else None,
             num_threads=num_threads,
@@ -106,6 +110,8 @@ class LLM:
             kv_format=kv_format,
             kv_budget=kv_budget,
             prefill_budget=prefill_budget,
+            cache_dir=None if kv_cache_dir is None else Path(kv_cache_dir),
+            cache_bytes=_bytes(kv_cache_size),
             scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens),
         )
         self._engine: Engine | None = open_engine(model, config, progress)
@@ -180,8 +186,10 @@ class LLM:
             )
 
     def close(self) -> None:
-        """Drop what is unfinished and release the memory."""
+        """Drop what is unfinished, finish storing prefixes and release the memory."""
         with self._lock:
+            if self._engine is not None:
+                self._engine.close()
             self._engine = None
 
     def __enter__(self) -> LLM:
@@ -268,6 +276,10 @@ def open_engine(model: str, config: EngineConfig, progress: Progress | None = No
         resolve(model, progress=progress), config, progress
     )
     return Engine(spec, backend, tokenizer, config, baseline_bytes=baseline_bytes)
+
+
+def _bytes(size: int | str) -> int:
+    return parse_bytes(size) if isinstance(size, str) else size
 
 
 def _load(

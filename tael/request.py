@@ -89,6 +89,8 @@ class Usage:
     """Prompt tokens read from the prefix cache instead of computed."""
     num_cache_write_tokens: int = 0
     """Prompt tokens computed whose KV the prefix cache had not and now offers to later requests."""
+    num_restored_tokens: int = 0
+    """Those of them that had to be brought back from disk."""
     num_output_tokens: int = 0
     num_draft_tokens: int = 0
     """Guessed output tokens that the model verified."""
@@ -168,6 +170,8 @@ class Request:
         """KV bytes that the request holds since..."""
         self.held_since = 0.0
         """...this time of the monotonic clock."""
+        self.num_resident_tokens: int | None = None
+        """Of its prefix, those in memory when the rest began to come back from disk."""
         self.status = RequestStatus.WAITING
         self.finish_reason: FinishReason | None = None
         self.prompt_logprobs: list[TokenLogprobs] = []

@@ -26,8 +26,9 @@ PROMPTS = [
 ]
 
 
-def save_byte_llama(path: Path) -> None:
-    """A random Llama with a byte-level tokenizer. Ids 0 to 255 are bytes, 256 ends a text."""
+def save_byte_llama(path: Path, head_dim: int = 8) -> None:
+    """A random Llama with a byte-level tokenizer. Ids 0 to 255 are bytes, 256 ends a text. The
+    native kernels need heads of 16."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     vocab = {character: i for i, character in enumerate(alphabet)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
@@ -47,6 +48,7 @@ def save_byte_llama(path: Path) -> None:
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
+            head_dim=head_dim,
             max_position_embeddings=MAX_LEN,
             initializer_range=0.4,
             bos_token_id=None,

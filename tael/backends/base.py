@@ -76,6 +76,11 @@ class Backend(Protocol):
     def weights_bytes(self) -> int:
         """Memory that the weights take, mapped files included."""
 
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """What the KV of given tokens depends on besides the ``ModelSpec``, equal in any two
+        processes that compute the same bits. Empty if no two are known to."""
+
     def reserve(self, scheduler: SchedulerConfig, max_model_len: int) -> int:
         """Allocate what ``forward`` needs for steps within these bounds. Returns the bytes, logits
         included. Called once, at start."""

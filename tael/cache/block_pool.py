@@ -47,6 +47,9 @@ class BlockPool:
         """The block published under a hash."""
         return self._published.get(block_hash)
 
+    def has(self, block_hash: bytes) -> bool:
+        return block_hash in self._published
+
     def take(self) -> int:
         """A block for new KV with one reference: a free one, else the least recently used
         cached one, whose content is forgotten. Ask ``num_available`` first."""

@@ -7,7 +7,9 @@ from itertools import chain
 
 from tael.cache.block_hash import block_hash, root_hash
 from tael.cache.block_pool import BlockPool
+from tael.cache.offload import Offload, Readiness
 from tael.cache.prefix_cache import longest_prefix
+from tael.cache.tier import Tier
 from tael.models.spec import CacheGroup
 from tael.request import Request
 
@@ -32,7 +34,7 @@ class _Holding:
 
 class CacheManager:
     """Hands out the blocks of every cache group, shares complete ones between requests and
-    takes them back.
+    takes them back. Complete ones outlive their place in the pools if there is a ``tier``.
 
     A step of a request goes ``start`` (once) or ``allocate``, then the forward pass, then
     ``publish`` and ``trim``. ``free`` ends it at any point. The caller owns
@@ -46,6 +48,7 @@ class CacheManager:
         block_size: int,
         fingerprint: bytes,
         num_open_blocks: int = 0,
+        tier: Tier | None = None,
     ) -> None:
         self.groups = groups
         self.pools = tuple(BlockPool(n) for n in num_blocks)
@@ -56,18 +59,30 @@ class CacheManager:
         self.num_prefix_query_tokens = 0
         """Tokens of the requests that ``start`` accepted, and..."""
         self.num_prefix_hit_tokens = 0
-        """...those of them that it found in the cache."""
+        """...those of them that it found in the cache, and..."""
+        self.num_restored_tokens = 0
+        """...of these, those that came from the tier."""
         self._fingerprint = fingerprint
         self._holdings: dict[Request, _Holding] = {}
+        self._offload = Offload(groups, self.pools, block_size, tier) if tier else None
+
+    def collect(self) -> None:
+        """Note what the tier has done since the last step."""
+        if self._offload:
+            self._offload.collect()
+
+    def restore(self, request: Request) -> Readiness:
+        """Bring back what the tier holds of a waiting request's prefix. To be called until the
+        request is ready to ``start``."""
+        if self._offload is None:
+            return Readiness.READY
+        return self._offload.restore(request, self._chain(request, self._num_reusable(request)))
 
     def start(self, request: Request, max_new_tokens: int) -> bool:
         """Give a request its longest cached prefix and blocks for up to ``max_new_tokens`` more
         tokens, and set ``num_computed_tokens`` to that prefix. All of it or, when the pools
         cannot provide the blocks, nothing."""
-        # A hit leaves a token to compute: the logits after the last one are what is asked for.
-        num_hashes = (request.num_tokens - 1) // self.block_size
-        if request.wants_prompt_logits:  # which are not in the cache
-            num_hashes = 0
+        num_hashes = self._num_reusable(request)
         hashes = self._extend_hashes(request, num_hashes)[:num_hashes]
         num_hits = longest_prefix(self.groups, self.pools, hashes, self.block_size)
         num_computed_tokens = num_hits * self.block_size
@@ -89,33 +104,43 @@ class CacheManager:
 
         request.num_computed_tokens = num_computed_tokens
         num_new_tokens = min(request.num_tokens - num_computed_tokens, max_new_tokens)
-        if not self.allocate(request, num_new_tokens):
+        if not self.claim(request, num_new_tokens, loads=False):
             self.free(request)
             request.num_computed_tokens = 0
             return False
         self.num_prefix_query_tokens += request.num_tokens
         self.num_prefix_hit_tokens += num_computed_tokens
         request.num_offered_blocks = max(request.num_offered_blocks, num_hits)
+        if request.num_resident_tokens is not None:
+            num_restored_tokens = max(0, num_computed_tokens - request.num_resident_tokens)
+            self.num_restored_tokens += num_restored_tokens
+            if request.usage.num_preemptions == 0:  # as num_cached_tokens
+                request.usage.num_restored_tokens = num_restored_tokens
+            request.num_resident_tokens = None
         return True
 
     def allocate(self, request: Request, num_new_tokens: int) -> bool:
         """Extend the block tables of a started request to hold ``num_new_tokens`` after the
         computed ones: in all groups, or False and no change."""
-        holding = self._holdings[request]
-        tables = holding.tables
-        num_blocks = -(-(request.num_computed_tokens + num_new_tokens) // self.block_size)
-        for pool, table in zip(self.pools, tables, strict=True):
-            if num_blocks - len(table) > pool.num_available:
-                return False
-        for pool, table in zip(self.pools, tables, strict=True):
-            table.extend(pool.take() for _ in range(num_blocks - len(table)))
+        holding, counts = self._holdings[request], self._num_missing(request, num_new_tokens)
+        if any(n > pool.num_available for n, pool in zip(counts, self.pools, strict=True)):
+            return False
+        for pool, table, count in zip(self.pools, holding.tables, counts, strict=True):
+            table.extend(pool.take() for _ in range(count))
         for group, pool, table in zip(
             self.groups, self.open_pools, holding.open_tables, strict=True
         ):
             if group.open_block_bytes:  # of these there are always enough
-                num_open_blocks = num_blocks - holding.first_open
+                num_open_blocks = len(holding.tables[0]) - holding.first_open
                 table.extend(pool.take() for _ in range(num_open_blocks - len(table)))
         return True
+
+    def claim(self, request: Request, num_new_tokens: int, *, loads: bool = True) -> bool:
+        """As ``allocate``, and take from the tier's stores, and from its ``loads``, the blocks
+        that they pin if there are no others."""
+        if self._offload:
+            self._offload.reclaim(self._num_missing(request, num_new_tokens), loads=loads)
+        return self.allocate(request, num_new_tokens)
 
     def publish(self, request: Request) -> None:
         """Offer the blocks that the last step completed to other requests. Call it when their
@@ -151,6 +176,12 @@ class CacheManager:
                 self.pools[i].deref(table[j])
                 table[j] = RELEASED
             holding.firsts[i] = first
+
+    def store(self, request: Request) -> None:
+        """Let the tier keep the complete blocks of a request that is about to be freed."""
+        if self._offload:
+            num_published = self._holdings[request].num_published
+            self._offload.store(request, self._chain(request, num_published))
 
     def free(self, request: Request) -> None:
         """Take back all blocks of a started request."""
@@ -205,7 +236,8 @@ class CacheManager:
         return sum(pool.num_referenced for pool in self.pools)
 
     def check(self) -> None:
-        """Assert every invariant of the pools, and that references are what tables say."""
+        """Assert every invariant of the pools, and that references are what tables and
+        transfers say."""
         for i, pool in enumerate(self.pools):
             pool.check()
             ref_counts = [0] * pool.num_blocks
@@ -213,6 +245,9 @@ class CacheManager:
                 table, first = holding.tables[i], holding.firsts[i]
                 assert all(block == RELEASED for block in table[:first])
                 for block in table[first:]:
+                    ref_counts[block] += 1
+            for group, block in self._offload.pins() if self._offload else ():
+                if group == i:
                     ref_counts[block] += 1
             assert ref_counts == [pool.ref_count(b) for b in range(pool.num_blocks)]
         for i, pool in enumerate(self.open_pools):
@@ -228,6 +263,23 @@ class CacheManager:
             for block in closed:
                 pool.deref(block)
         holding.first_open = first
+
+    def _num_reusable(self, request: Request) -> int:
+        """Blocks that a request may read instead of computing. A hit leaves a token to compute: the
+        logits after the last one are what is asked for. Those of a prompt are in no cache."""
+        if request.wants_prompt_logits:
+            return 0
+        return (request.num_tokens - 1) // self.block_size
+
+    def _num_missing(self, request: Request, num_new_tokens: int) -> list[int]:
+        """Per group, the blocks that its table lacks to hold ``num_new_tokens`` more."""
+        num_blocks = -(-(request.num_computed_tokens + num_new_tokens) // self.block_size)
+        return [max(0, num_blocks - len(table)) for table in self._holdings[request].tables]
+
+    def _chain(self, request: Request, num_blocks: int) -> list[bytes]:
+        """The root and the identities of the first ``num_blocks`` blocks."""
+        root = root_hash(self._fingerprint, request.cache_salt)
+        return [root, *self._extend_hashes(request, num_blocks)[:num_blocks]]
 
     def _extend_hashes(self, request: Request, num_blocks: int) -> list[bytes]:
         """The identities of at least the first ``num_blocks`` blocks. They stay with the

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
-from tael.cache.block_pool import BlockPool
 from tael.models.spec import CacheGroup
+
+
+class Blocks(Protocol):
+    """Where the blocks of a cache group are looked for."""
+
+    def has(self, block_hash: bytes) -> bool: ...
 
 
 def longest_prefix(
     groups: Sequence[CacheGroup],
-    pools: Sequence[BlockPool],
+    pools: Sequence[Blocks],
     hashes: Sequence[bytes],
     block_size: int,
 ) -> int:
@@ -39,6 +45,6 @@ def longest_prefix(
     return end
 
 
-def _first_gap(pool: BlockPool, hashes: Sequence[bytes], start: int, end: int) -> int:
+def _first_gap(pool: Blocks, hashes: Sequence[bytes], start: int, end: int) -> int:
     """The first block of ``start`` to ``end`` that the pool lacks, else ``end``."""
-    return next((i for i in range(start, end) if pool.lookup(hashes[i]) is None), end)
+    return next((i for i in range(start, end) if not pool.has(hashes[i])), end)

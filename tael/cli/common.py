@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -75,6 +76,20 @@ def model_options(command: F) -> F:
             help="Context that each token of the answer reads, chosen anew for every token and KV "
             "head.  [default: all]",
         ),
+        "kv_cache_dir": click.option(
+            "--kv-cache-dir",
+            type=click.Path(file_okay=False, path_type=Path),
+            metavar="DIR",
+            help="Keep the KV of finished requests in this folder, also for later runs.",
+        ),
+        "kv_cache_size": click.option(
+            "--kv-cache-size",
+            type=byte_size,
+            default="10GiB",
+            metavar="SIZE",
+            show_default=True,
+            help="Most that the folder holds.",
+        ),
         "prefill_budget": click.option(
             "--prefill-budget",
             type=token_count,
@@ -138,6 +153,9 @@ def statistics(usage: Usage, reason: FinishReason | None) -> str:
     from tael.memory.process import peak_rss_bytes
     from tael.request import FinishReason
 
+    cached = f"{usage.num_cached_tokens:,} cached"
+    if usage.num_restored_tokens > 0:
+        cached += f", {usage.num_restored_tokens:,} of them from disk"
     cut = ", cut off at the token limit" if reason is FinishReason.LENGTH else ""
     speculation = ""
     if usage.num_draft_tokens > 0:
@@ -149,7 +167,7 @@ def statistics(usage: Usage, reason: FinishReason | None) -> str:
             f"({tokens_per_step:.1f} tokens a step), "
         )
     return (
-        f"prompt {usage.num_prompt_tokens:,} tokens ({usage.num_cached_tokens:,} cached), "
+        f"prompt {usage.num_prompt_tokens:,} tokens ({cached}), "
         f"first token after {usage.time_to_first_token_s:.2f} s, "
         f"{usage.num_output_tokens:,} tokens at {usage.decode_tokens_per_s:.1f}/s, "
         f"{speculation}KV {format_bytes(usage.kv_bytes)}, "

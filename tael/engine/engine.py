@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import time
+import weakref
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,6 +22,8 @@ from tael.errors import TaelError
 from tael.loader.tokenizer import Tokenizer
 from tael.memory.budget import available_memory_bytes, format_bytes, kv_budget, plan_pools
 from tael.memory.kv_store import KVStore
+from tael.memory.tiers.disk import DiskTier
+from tael.memory.tiers.disk import overhead_bytes as tier_overhead_bytes
 from tael.models.spec import CacheGroup, ModelSpec, cache_groups
 from tael.request import FinishReason, Request, SamplingParams, TokenLogprobs, Usage
 from tael.speculative.drafter import Drafter
@@ -36,6 +40,13 @@ OVERHEAD_BYTES = 12 << 20
 SAMPLING_BYTES = 96
 """Per token of the vocabulary, for the temporaries of sampling. Measured: 84, with top_p at a
 high temperature."""
+
+
+NUM_PREFILL_TOKENS = 128
+"""A step of so many tokens or more says how fast prompts are computed."""
+
+TIER_WAIT_S = 0.01
+"""A step waits no longer for blocks from disk: the caller may have something else to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +104,8 @@ class Engine:
         if config.max_model_len is not None:
             longest = min(longest, config.max_model_len)
         workspace_bytes = overhead_bytes(spec) + backend.reserve(config.scheduler, longest)
+        if config.cache_dir is not None:
+            workspace_bytes += tier_overhead_bytes(config.cache_bytes, groups)
         kv_bytes = kv_budget(
             self.memory_bytes, backend.weights_bytes, workspace_bytes, baseline_bytes
         )
@@ -101,10 +114,24 @@ class Engine:
         num_open_blocks = config.scheduler.max_num_open_blocks
         self.kv_store = KVStore(groups, plan.num_blocks, num_open_blocks)
         backend.bind_kv(self.kv_store.pools, self.kv_store.open_pools)
-        # Blocks live no longer than this engine and its weights, so the spec identifies them.
-        fingerprint = hashlib.sha256(repr(spec).encode()).digest()
+        fingerprint = kv_fingerprint(spec, backend, config)
+        self.tier: DiskTier | None = None
+        if config.cache_dir is not None:
+            if not backend.fingerprint:
+                raise TaelError(
+                    "prefixes can be kept on disk by the cpu backend only; leave out the folder "
+                    "for KV blocks."
+                )
+            self.tier = DiskTier(config.cache_dir, config.cache_bytes, self.kv_store, fingerprint)
+            # Also when the engine is dropped without close(), or the program ends.
+            self._close_tier = weakref.finalize(self, self.tier.close)
         self.manager = CacheManager(
-            groups, plan.num_blocks, BLOCK_SIZE, fingerprint, num_open_blocks
+            groups,
+            plan.num_blocks,
+            BLOCK_SIZE,
+            json.dumps(fingerprint, sort_keys=True).encode(),
+            num_open_blocks,
+            self.tier,
         )
         drafter = Drafter() if config.speculation else None
         self.scheduler = Scheduler(config.scheduler, self.manager, self.max_model_len, drafter)
@@ -159,9 +186,13 @@ class Engine:
         """Compute one step of the unfinished requests.
 
         An exception in the sampling or the text of one request ends that request with the reason
-        ERROR; any other is raised.
+        ERROR; any other is raised. If all requests wait for blocks from disk, so does the step, for
+        a moment.
         """
         schedule = self.scheduler.schedule()
+        if self.tier and not schedule.scheduled:
+            self.tier.wait(TIER_WAIT_S)
+            return []
         start = time.monotonic()
         result = run_step(schedule, self.manager, self.backend, self.config, self._sample)
         _share(time.monotonic() - start, schedule)
@@ -176,6 +207,9 @@ class Engine:
             self._completions[key].request.prompt_logprobs += logprobs
         self.scheduler.update(schedule, {key: p.token_ids for key, p in pieces.items()})
         now = time.monotonic()
+        num_tokens = sum(entry.num_scheduled_tokens for entry in schedule.scheduled)
+        if self.tier and num_tokens >= NUM_PREFILL_TOKENS:
+            self.tier.observe_prefill(num_tokens, now - start)
         for key, piece in pieces.items():
             kept = result.logprobs[key][: len(piece.token_ids)]
             deltas.append(self._extend(self._completions[key], piece, kept, now))
@@ -200,6 +234,11 @@ class Engine:
 
     def has_unfinished(self) -> bool:
         return bool(self._unfinished)
+
+    def close(self) -> None:
+        """Finish what is being stored on disk. The engine must not be used afterwards."""
+        if self.tier:
+            self._close_tier()
 
     def describe(self) -> str:
         """One line: the longest context, what a token of it costs, and where the bytes go."""
@@ -290,6 +329,17 @@ def overhead_bytes(spec: ModelSpec) -> int:
     return OVERHEAD_BYTES + SAMPLING_BYTES * spec.vocab_size
 
 
+def kv_fingerprint(spec: ModelSpec, backend: Backend, config: EngineConfig) -> dict[str, str]:
+    """All that the KV of given tokens depends on. It holds what the tokens before have read."""
+    return {
+        "family": spec.family,
+        "spec": hashlib.sha256(repr(spec).encode()).hexdigest(),
+        "block_size": str(BLOCK_SIZE),
+        "budgets": f"{config.prefill_budget} {config.kv_budget}",
+        **backend.fingerprint,
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class _Completion:
     """One of the ``n`` answers to a request: a request of its own to the scheduler."""
@@ -318,6 +368,7 @@ def _total(usages: Sequence[Usage]) -> Usage:
         num_prompt_tokens=first.num_prompt_tokens,
         num_cached_tokens=first.num_cached_tokens,
         num_cache_write_tokens=first.num_cache_write_tokens,
+        num_restored_tokens=first.num_restored_tokens,
         num_output_tokens=sum(usage.num_output_tokens for usage in usages),
         num_draft_tokens=sum(usage.num_draft_tokens for usage in usages),
         num_accepted_tokens=sum(usage.num_accepted_tokens for usage in usages),

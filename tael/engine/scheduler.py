@@ -15,6 +15,8 @@ past those that were right. What holds, and why:
   back. The first one can thus claim every block of the pools, and ``add`` refused it unless
   empty pools hold it to its very end.
 - *No thrashing within a step.* A step that preempted admits nothing.
+- *A transfer takes nothing from anybody.* A request whose prefix comes back from disk waits while
+  those behind it are admitted, and running requests get the blocks that transfers hold.
 - *Drafts take nothing from anybody.* They get what is left of the budget and the blocks once all
   requests have theirs, and ``update`` takes back the blocks of those that were wrong.
 """
@@ -28,6 +30,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from tael.cache.manager import CacheManager
+from tael.cache.offload import Readiness
 from tael.config import MAX_DRAFT_TOKENS, SchedulerConfig
 from tael.errors import TaelError
 from tael.request import FinishReason, Request, RequestStatus
@@ -99,8 +102,9 @@ class Scheduler:
         self.waiting.append(request)
 
     def schedule(self) -> Schedule:
-        """Choose the next step and allocate its blocks. Never empty while requests are
-        unfinished."""
+        """Choose the next step and allocate its blocks. Empty, while requests are unfinished, only
+        if all of them wait for a tier."""
+        self.manager.collect()
         scheduled: list[ScheduledRequest] = []
         preempted: list[Request] = []
         budget = self.config.max_num_batched_tokens
@@ -109,22 +113,29 @@ class Scheduler:
         while len(scheduled) < len(self.running):  # preemption shortens it from the end
             request = self.running[len(scheduled)]
             num_new_tokens = self._chunk(request, budget, num_logits)
-            if self.manager.allocate(request, num_new_tokens):
+            if self.manager.claim(request, num_new_tokens):
                 scheduled.append(self._scheduled(request, num_new_tokens))
                 budget = self._budget_after(scheduled[-1], budget)
                 num_logits -= scheduled[-1].num_logits
             else:
                 preempted.append(self._preempt_last())
 
+        num_passed = 0  # of those at the head of the queue, whose blocks are on their way
         while (
-            self.waiting
+            len(self.waiting) > num_passed
             and not preempted
             and budget > 0
             and num_logits > 0
             and len(self.running) < self.config.max_num_seqs
-            and self.manager.start(self.waiting[0], budget)
         ):
-            request = self.waiting.popleft()
+            request = self.waiting[num_passed]
+            readiness = self.manager.restore(request)
+            if readiness is Readiness.PENDING:
+                num_passed += 1
+                continue
+            if readiness is Readiness.FULL or not self.manager.start(request, budget):
+                break
+            del self.waiting[num_passed]
             self._admit(request)
             num_new_tokens = self._chunk(request, budget, num_logits)
             scheduled.append(self._scheduled(request, num_new_tokens))
@@ -153,6 +164,7 @@ class Scheduler:
         if request.status is RequestStatus.RUNNING:
             self.running.remove(request)
             self._meter(request, 0)
+            self.manager.store(request)
             self.manager.free(request)
         else:
             self.waiting.remove(request)

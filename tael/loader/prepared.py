@@ -78,6 +78,16 @@ def _open(folder: Path) -> PreparedModel:
     )
 
 
+def prepared_names() -> dict[str, str]:
+    """File names of the models that are prepared, by the digest of their weights."""
+    names = {}
+    for source in prepared_dir().glob("*/source.json"):
+        with suppress(*_DAMAGED):
+            digest = open_tile_file(source.parent / WEIGHTS).digest
+            names[digest] = Path(json.loads(source.read_text())["path"]).name
+    return names
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     """A GGUF file or a Hugging Face folder. Raises TaelError if it is neither."""
     return SafetensorsCheckpoint(path) if path.is_dir() else GGUFCheckpoint(path)

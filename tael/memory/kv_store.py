@@ -32,6 +32,18 @@ class KVStore:
         """uint8 [num_open_blocks, open_block_bytes] each: blocks that are being filled, of the
         groups that compress them when they are complete."""
 
+    def payload_bytes(self, group: int) -> int:
+        """Of what ``read_block`` copies."""
+        return self.pools[group][0].nbytes
+
+    def read_block(self, group: int, block: int, out: NDArray[np.uint8]) -> None:
+        """Copy all that is kept of a complete block to ``out``, uint8 [payload_bytes]."""
+        out[:] = self.pools[group][block]
+
+    def write_block(self, group: int, block: int, payload: NDArray[np.uint8]) -> None:
+        """The inverse of ``read_block``, into any block."""
+        self.pools[group][block] = payload
+
     @property
     def num_bytes(self) -> int:
         return sum(pool.nbytes for pool in (*self.pools, *self.open_pools))

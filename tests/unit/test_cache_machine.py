@@ -6,6 +6,9 @@ be computed must hold the KV of the request's own prefix; after the step, the ne
 catches blocks shared wrongly, published before they were complete, released while a query
 still needed them, or evicted in use. Drafts, right ones and wrong ones, write KV like other
 tokens and must leave no trace: neither in the bookkeeping nor in what a request gets.
+
+In half of the lives there is a tier below the pools, with a random will: it stores and loads block
+by block whenever it likes, forgets, and fails.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from random import Random
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -29,6 +33,8 @@ from hypothesis.stateful import (
 from tael.cache import manager
 from tael.cache.block_pool import BlockPool
 from tael.cache.manager import CacheManager
+from tael.cache.offload import Offload
+from tael.cache.tier import Load, Lookup, Transfer
 from tael.config import SchedulerConfig
 from tael.engine.scheduler import Schedule, ScheduledRequest, Scheduler
 from tael.models.spec import CacheGroup
@@ -90,6 +96,88 @@ class RandomDrafter:
         assert request.is_finished
 
 
+class RandomTier:
+    """A ``Tier`` that moves a block when ``work`` is called, and not always. It copies what is in
+    ``store`` at that moment, so a block that is not pinned, or not complete, is found out."""
+
+    def __init__(self, store: list[list[list[int | None]]], random: Random) -> None:
+        self.store = store
+        self.random = random
+        self.kept: dict[bytes, list[int | None]] = {}
+        self._loads: list[Load] = []
+        self._ended: list[Load] = []
+        self._stores: list[Transfer] = []
+        self._copied: list[Transfer] = []
+
+    def lookup(self, key: bytes) -> Lookup:
+        loading = [t for load in self._loads for t in load.transfers]
+        if any(t.key == key for t in (*loading, *self._stores)):
+            return Lookup.PENDING
+        return Lookup.HIT if key in self.kept else Lookup.MISS
+
+    def load_pays(self, num_bytes: int, num_tokens: int) -> bool:
+        assert num_bytes > 0 and num_tokens > 0
+        return self.random.random() < 0.9
+
+    def prepare_load(self, load: Load) -> None:
+        assert all(self.lookup(t.key) is Lookup.HIT for t in load.transfers)
+        self._loads.append(load)
+
+    def complete_load(self) -> list[Load]:
+        ended, self._ended = self._ended, []
+        return ended
+
+    def cancel_load(self, load: Load) -> None:
+        (self._ended if load in self._ended else self._loads).remove(load)
+
+    def prepare_store(self, chain: Sequence[bytes], transfers: Sequence[Transfer]) -> None:
+        assert {t.key for t in transfers} <= set(chain)
+        assert all(self.lookup(t.key) is Lookup.MISS for t in transfers)
+        self._stores += transfers
+
+    def complete_store(self) -> list[Transfer]:
+        copied, self._copied = self._copied, []
+        return copied
+
+    def cancel_store(self, group: int, max_num_blocks: int) -> list[Transfer]:
+        cancelled = [t for t in reversed(self._stores) if t.group == group][:max_num_blocks]
+        self._stores = [t for t in self._stores if t not in cancelled]
+        return cancelled
+
+    def observe_prefill(self, num_tokens: int, elapsed_s: float) -> None: ...
+
+    def wait(self, timeout_s: float) -> None: ...
+
+    def close(self) -> None: ...
+
+    def is_busy(self) -> bool:
+        return bool(self._loads or self._stores)
+
+    def work(self) -> None:
+        """Move some blocks; sometimes lose one."""
+        for _ in range(self.random.randint(0, 6)):
+            if self._loads and self.random.random() < 0.7:
+                self._load_block(self._loads[0])
+            elif self._stores:
+                transfer = self._stores.pop(0)
+                self.kept[transfer.key] = list(self.store[transfer.group][transfer.block])
+                self._copied.append(transfer)
+        if self.kept and self.random.random() < 0.1:
+            del self.kept[self.random.choice(list(self.kept))]
+
+    def _load_block(self, load: Load) -> None:
+        transfer = load.transfers[load.num_loaded]
+        content = self.kept.get(transfer.key)
+        if content is not None and self.random.random() < 0.95:
+            self.store[transfer.group][transfer.block][:] = content
+            load.num_loaded += 1
+        else:
+            self.kept.pop(transfer.key, None)  # a bad file is removed
+        if content is None or load.num_loaded == len(load.transfers):
+            self._loads.remove(load)
+            self._ended.append(load)
+
+
 class CacheMachine(RuleBasedStateMachine):
     @initialize(
         seed=st.none() | st.integers(0, 1000),
@@ -99,6 +187,7 @@ class CacheMachine(RuleBasedStateMachine):
         extra_chunk=st.integers(0, 12),
         extra_blocks=st.integers(0, 20),
         compressed=st.sampled_from([(), (0,), (0, 1, 2)]),
+        tier_seed=st.none() | st.integers(0, 1000),
     )
     def start(
         self,
@@ -109,6 +198,7 @@ class CacheMachine(RuleBasedStateMachine):
         extra_chunk: int,
         extra_blocks: int,
         compressed: tuple[int, ...],
+        tier_seed: int | None,
     ) -> None:
         self.groups = tuple(
             CacheGroup(
@@ -128,16 +218,19 @@ class CacheMachine(RuleBasedStateMachine):
             for group in self.groups
         )
         num_open_blocks = self.chunk // block_size + 2 * max_num_seqs
-        self.manager = CacheManager(self.groups, num_blocks, block_size, b"model", num_open_blocks)
-        config = SchedulerConfig(max_num_seqs, self.chunk)
-        drafter = None if seed is None else RandomDrafter(self._next_token, Random(seed))
-        self.scheduler = Scheduler(config, self.manager, MAX_MODEL_LEN, drafter)
-        self.store: list[list[list[int | None]]] = [
-            [[None] * block_size for _ in range(n)] for n in num_blocks
-        ]
         self.open_store: list[list[list[int | None]]] = [
             [[None] * block_size for _ in range(num_open_blocks)] for _ in self.groups
         ]
+        self.store: list[list[list[int | None]]] = [
+            [[None] * block_size for _ in range(n)] for n in num_blocks
+        ]
+        self.tier = None if tier_seed is None else RandomTier(self.store, Random(tier_seed))
+        self.manager = CacheManager(
+            self.groups, num_blocks, block_size, b"model", num_open_blocks, self.tier
+        )
+        config = SchedulerConfig(max_num_seqs, self.chunk)
+        drafter = None if seed is None else RandomDrafter(self._next_token, Random(seed))
+        self.scheduler = Scheduler(config, self.manager, MAX_MODEL_LEN, drafter)
         self.prefixes = Prefixes()
         self.requests: list[Request] = []
 
@@ -175,7 +268,7 @@ class CacheMachine(RuleBasedStateMachine):
         """A step of any budget; sometimes a request is aborted while it computes."""
         budget = data.draw(st.integers(self.max_num_seqs, self.chunk))
         schedule = self._schedule(budget)
-        aborted = data.draw(st.none() | st.sampled_from(schedule.scheduled))
+        aborted = data.draw(st.none() | st.sampled_from([None, *schedule.scheduled]))
         if aborted is not None and data.draw(st.booleans()):
             self.scheduler.abort(aborted.request.request_id)
         self._update(schedule)
@@ -194,6 +287,10 @@ class CacheMachine(RuleBasedStateMachine):
                 break
             self._update(self._schedule(self.chunk))
         assert not self.scheduler.has_unfinished(), "no progress"
+        for _ in range(1000):
+            if self.tier and self.manager.num_referenced:
+                self.tier.work()
+                self.manager.collect()
         assert self.manager.num_referenced == 0
         assert self.manager.num_free + self.manager.num_cached == sum(map(len, self.store))
         self.bookkeeping_is_sound()
@@ -263,11 +360,14 @@ class CacheMachine(RuleBasedStateMachine):
     def _schedule(self, budget: int) -> Schedule:
         running_before = list(self.scheduler.running)
         full_config = self.scheduler.config
+        if self.tier:
+            self.tier.work()
         self.scheduler.config = SchedulerConfig(self.max_num_seqs, budget)
         schedule = self.scheduler.schedule()
         self.scheduler.config = full_config
 
-        assert schedule.scheduled, "an empty step while requests are unfinished"
+        loading = self.tier is not None and self.tier.is_busy()
+        assert schedule.scheduled or loading, "an empty step while requests are unfinished"
         assert [entry.request for entry in schedule.scheduled] == self.scheduler.running
         assert len(self.scheduler.running) <= self.max_num_seqs
         assert sum(entry.num_scheduled_tokens for entry in schedule.scheduled) <= budget
@@ -385,7 +485,7 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 SETTINGS = settings(
-    max_examples=150,
+    max_examples=200,
     stateful_step_count=30,
     derandomize=True,
     deadline=None,
@@ -407,7 +507,8 @@ def test_crowds_that_draft(
 ) -> None:
     """Requests that all answer at length, in pools that hold little more than one of them."""
     machine = CacheMachine()
-    machine.start(seed, windows, block_size, 4, 12, extra_blocks, compressed=(0, 1, 2))
+    tier_seed = seed if seed % 2 else None
+    machine.start(seed, windows, block_size, 4, 12, extra_blocks, (0, 1, 2), tier_seed)
     random = Random(seed)
     for _ in range(8):
         machine.add(random.choices(ALPHABET, k=random.randint(0, 8)), None, "", True)
@@ -470,6 +571,57 @@ def count_rejected_drafts_as_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Scheduler, "_extend", broken)
 
 
+def load_into_blocks_that_are_not_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    restore = Offload.restore
+
+    def broken(self: Offload, *args: Any) -> Any:
+        before = set(self._loads)
+        readiness = restore(self, *args)
+        for load in set(self._loads) - before:
+            for t in load.transfers:
+                self._pools[t.group].deref(t.block)
+        return readiness
+
+    monkeypatch.setattr(Offload, "restore", broken)
+
+
+def publish_before_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    restore = Offload.restore
+
+    def broken(self: Offload, *args: Any) -> Any:
+        before = set(self._loads)
+        readiness = restore(self, *args)
+        for load in set(self._loads) - before:
+            for t in load.transfers:
+                self._pools[t.group].publish(t.block, t.block_hash)
+        return readiness
+
+    monkeypatch.setattr(Offload, "restore", broken)
+
+
+def publish_what_failed_to_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    end = Offload._end
+
+    def broken(self: Offload, load: Load) -> None:
+        for t in load.transfers:
+            self._pools[t.group].publish(t.block, t.block_hash)
+        end(self, load)
+
+    monkeypatch.setattr(Offload, "_end", broken)
+
+
+def store_blocks_that_are_not_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Offload.store
+
+    def broken(self: Offload, *args: Any) -> None:
+        before = set(self._storing)
+        store(self, *args)
+        for t in self._storing - before:
+            self._pools[t.group].deref(t.block)
+
+    monkeypatch.setattr(Offload, "store", broken)
+
+
 def trim_before_drafts_are_verified(monkeypatch: pytest.MonkeyPatch) -> None:
     allocate, trim = CacheManager.allocate, CacheManager.trim
 
@@ -505,6 +657,10 @@ def keep_blocks_of_rejected_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
         release_one_position_early,
         forget_to_touch,
         hash_without_parent,
+        load_into_blocks_that_are_not_pinned,
+        publish_before_it_is_loaded,
+        publish_what_failed_to_load,
+        store_blocks_that_are_not_pinned,
     ],
 )
 def test_the_machine_catches(

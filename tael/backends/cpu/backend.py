@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,8 +28,9 @@ class CPUBackend:
         self._weights = weights
         self._process = os.getpid()
         self._ropes: dict[Rope, int] = {}
+        self._isa = chosen_isa()
         self._native = _native.Model(
-            chosen_isa(),
+            self._isa,
             num_threads or available_cores(),
             hidden_size=spec.hidden_size,
             vocab_size=spec.vocab_size,
@@ -56,6 +58,15 @@ class CPUBackend:
     @property
     def weights_bytes(self) -> int:
         return self._weights.num_bytes
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        kernels = Path(_native.__file__).read_bytes()
+        return {
+            "weights": self._weights.digest,
+            "isa": self._isa,
+            "kernels": hashlib.sha256(kernels).hexdigest(),
+        }
 
     def reserve(self, scheduler: SchedulerConfig, max_model_len: int) -> int:
         self._native.allocate(

@@ -47,6 +47,10 @@ class ReferenceBackend:
     def weights_bytes(self) -> int:
         return sum(parameter.nbytes for parameter in self.parameters.values())
 
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        return {}  # numpy rounds as its BLAS pleases
+
     def reserve(self, scheduler: SchedulerConfig, max_model_len: int) -> int:
         return scheduler.max_num_logits * self.spec.vocab_size * 4  # the logits
 

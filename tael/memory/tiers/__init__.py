@@ -1,0 +1,1 @@
+"""Where complete KV blocks go when memory has no room for them."""
