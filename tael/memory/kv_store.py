@@ -34,7 +34,7 @@ class KVStore:
 
     def payload_bytes(self, group: int) -> int:
         """Of what ``read_block`` copies."""
-        return self.pools[group][0].nbytes
+        return int(self.pools[group].shape[1])
 
     def read_block(self, group: int, block: int, out: NDArray[np.uint8]) -> None:
         """Copy all that is kept of a complete block to ``out``, uint8 [payload_bytes]."""

@@ -55,6 +55,10 @@ class _Teacher:
     def weights_bytes(self) -> int:
         return self._backend.weights_bytes
 
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        return self._backend.fingerprint
+
     def reserve(self, scheduler: SchedulerConfig, max_model_len: int) -> int:
         return self._backend.reserve(scheduler, max_model_len)
 
