@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -90,9 +91,7 @@ def command(
     stall_timeout: float,
     drain_timeout: float,
     max_body: int,
-    memory: int | None,
-    threads: int | None,
-    context: int | None,
+    settings: dict[str, Any],
     speculation: bool,
 ) -> None:
     """Serve MODEL to clients of the OpenAI and Anthropic APIs until Ctrl-C or SIGTERM; then what
@@ -126,12 +125,12 @@ def command(
     config = ServerConfig(
         model=name or _shown(model),
         engine=EngineSettings(
-            model=str(path),
-            memory_bytes=memory,
-            max_model_len=context,
-            num_threads=threads,
-            speculation=speculation,
-            max_num_seqs=parallel,
+            str(path),
+            {
+                name: str(value) if isinstance(value, Path) else value
+                for name, value in settings.items()
+            }
+            | {"speculation": speculation, "max_num_seqs": parallel},
         ),
         host=host,
         port=port,

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any, cast
 
 from tael.engine.engine import Engine
 from tael.engine.grammar import GrammarCompiler, TokenMask
@@ -187,15 +188,7 @@ def main(socket_path: str) -> None:
         settings = next(link.receive(60))
         assert isinstance(settings, EngineSettings)
         try:
-            llm = LLM(
-                settings.model,
-                memory=settings.memory_bytes,
-                max_model_len=settings.max_model_len,
-                num_threads=settings.num_threads,
-                backend=settings.backend,
-                max_num_seqs=settings.max_num_seqs,
-                speculation=settings.speculation,
-            )
+            llm = LLM(settings.model, **cast(Any, settings.arguments))
         except TaelError as error:
             link.send(Failed(str(error)))
             return

@@ -24,15 +24,11 @@ class Message(msgspec.Struct, frozen=True, tag=True):
 
 
 class EngineSettings(Message, frozen=True):
-    """The first message to an engine process: the arguments of ``LLM``."""
+    """The first message to an engine process."""
 
     model: str
-    backend: str = "cpu"
-    memory_bytes: int | None = None
-    max_model_len: int | None = None
-    num_threads: int | None = None
-    speculation: bool = True
-    max_num_seqs: int = 32
+    arguments: dict[str, str | int | bool | None] = {}
+    """Keyword arguments of ``LLM``."""
 
 
 class Add(Message, frozen=True):
