@@ -84,7 +84,7 @@ def running(
 ) -> Iterator[Running]:
     config = ServerConfig(
         model=MODEL,
-        engine=EngineSettings(str(folder), {"backend": "reference", "max_num_seqs": max_num_seqs}),
+        engine=EngineSettings(str(folder), max_num_seqs, {"backend": "reference"}),
         port=0,
         limits=limits or Limits(),
         stall_s=stall_s,

@@ -126,11 +126,11 @@ def command(
         model=name or _shown(model),
         engine=EngineSettings(
             str(path),
+            parallel,
             {
                 name: str(value) if isinstance(value, Path) else value
-                for name, value in settings.items()
-            }
-            | {"speculation": speculation, "max_num_seqs": parallel},
+                for name, value in (settings | {"speculation": speculation}).items()
+            },
         ),
         host=host,
         port=port,

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, cast
+from typing import Any
 
 from tael.engine.engine import Engine
 from tael.engine.grammar import GrammarCompiler, TokenMask
@@ -188,7 +188,8 @@ def main(socket_path: str) -> None:
         settings = next(link.receive(60))
         assert isinstance(settings, EngineSettings)
         try:
-            llm = LLM(settings.model, **cast(Any, settings.arguments))
+            arguments: dict[str, Any] = dict(settings.arguments)
+            llm = LLM(settings.model, max_num_seqs=settings.max_num_seqs, **arguments)
         except TaelError as error:
             link.send(Failed(str(error)))
             return

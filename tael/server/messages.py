@@ -27,8 +27,9 @@ class EngineSettings(Message, frozen=True):
     """The first message to an engine process."""
 
     model: str
+    max_num_seqs: int = 32
     arguments: dict[str, str | int | bool | None] = {}
-    """Keyword arguments of ``LLM``."""
+    """More keyword arguments of ``LLM``."""
 
 
 class Add(Message, frozen=True):
