@@ -206,13 +206,23 @@ def test_run_options_reach_the_model(llm: FakeLLM) -> None:
     arguments = (
         "run m.gguf hi --memory 2GiB --threads 3 --context 99 --system s --top-k 5 --seed 4 "
     )
-    arguments += "--no-speculation --rope-scaling yarn:4"
+    arguments += "--no-speculation --rope-scaling yarn:4 --kv-format q8 --kv-budget 2K "
+    arguments += "--prefill-budget 4096 --kv-cache-dir kv --kv-cache-size 1GiB"
     assert invoke(*arguments.split(), "--max-tokens", "6").exit_code == 0
     assert llm.model == "m.gguf"
     settings = {k: v for k, v in llm.settings.items() if k != "progress"}
     assert settings.pop("speculation") is False
     assert settings.pop("rope_scaling") == "yarn:4"
-    assert settings == {"memory": 2 << 30, "max_model_len": 99, "num_threads": 3}
+    assert settings == {
+        "memory": 2 << 30,
+        "max_model_len": 99,
+        "num_threads": 3,
+        "kv_format": "q8",
+        "kv_budget": 2048,
+        "prefill_budget": 4096,
+        "kv_cache_dir": Path("kv"),
+        "kv_cache_size": 1 << 30,
+    }
     assert llm.engine.params == SamplingParams(
         max_tokens=6, temperature=0.2, top_k=5, top_p=0.9, seed=4
     )

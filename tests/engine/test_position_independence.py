@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,11 +18,12 @@ from tael.backends.cpu.backend import CPUBackend
 from tael.config import BLOCK_SIZE, EngineConfig, SchedulerConfig
 from tael.engine.engine import Engine, overhead_bytes
 from tael.loader.prepared import PreparedModel, load_prepared
-from tael.models.spec import cache_groups
+from tael.models.spec import cache_groups, with_kv_format
 from tael.request import SamplingParams, TokenLogprobs, Usage
 
 NUM_PROMPTS = 200
 MAX_MODEL_LEN = 640
+SPARSE = {"kv_format": "k8v4", "kv_budget": 320, "prefill_budget": 288}
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 
 
@@ -109,6 +111,27 @@ def test_threads(model: PreparedModel, prompts: list[list[int]], alone: list[Res
     assert_equal(run(engine, prompts[-12:]), alone[-12:])
 
 
+@pytest.mark.parametrize("settings", [{"kv_format": "q8"}, SPARSE], ids=["q8", "k8v4, sparse"])
+def test_compressed_and_sparse(
+    settings: dict[str, Any],
+    model: PreparedModel,
+    prompts: list[list[int]],
+    alone: list[Result],
+) -> None:
+    """What is seen of a block does not depend on whether it was completed in the same step."""
+    some = slice(0, None, 9)
+    whole = make_engine(
+        model, max_num_seqs=1, max_num_batched_tokens=MAX_MODEL_LEN, settings=settings
+    )
+    expected = run(whole, prompts[some])
+    assert [result.digests for result in expected] != [r.digests for r in alone[some]]
+    pieces = make_engine(model, max_num_seqs=8, max_num_batched_tokens=50, settings=settings)
+    assert_equal(run(pieces, prompts[some]), expected)
+    again = run(pieces, prompts[some])
+    assert sum(result.usage.num_cached_tokens for result in again) > 0
+    assert_equal(again, expected)
+
+
 @pytest.mark.usefixtures("isa")
 def test_instruction_sets(model: PreparedModel, prompts: list[list[int]]) -> None:
     """The same holds for the kernels of every instruction set."""
@@ -124,21 +147,26 @@ def make_engine(
     max_num_batched_tokens: int,
     num_threads: int = 2,
     kv_blocks: int = 2000,
+    settings: dict[str, Any] | None = None,
 ) -> Engine:
-    """With a KV pool of ``kv_blocks``."""
-    scheduler = SchedulerConfig(max_num_seqs, max_num_batched_tokens)
-    backend = CPUBackend(model.spec, model.weights, num_threads)
-    (group,) = cache_groups(model.spec, BLOCK_SIZE)
-    workspace_bytes = backend.reserve(scheduler, MAX_MODEL_LEN)
+    """With a KV pool of ``kv_blocks`` and ``settings`` of ``EngineConfig``."""
     config = EngineConfig(
-        memory_bytes=backend.weights_bytes
-        + workspace_bytes
-        + overhead_bytes(model.spec)
-        + kv_blocks * group.block_bytes,
         max_model_len=MAX_MODEL_LEN,
-        scheduler=scheduler,
+        scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens),
+        **settings or {},
     )
-    return Engine(model.spec, backend, model.tokenizer, config, baseline_bytes=0)
+    spec = with_kv_format(model.spec, config.kv_format, config.reads_sparsely)
+    backend = CPUBackend(spec, model.weights, num_threads)
+    (group,) = cache_groups(spec, BLOCK_SIZE)
+    memory_bytes = (
+        backend.weights_bytes
+        + backend.reserve(config.scheduler, MAX_MODEL_LEN)
+        + overhead_bytes(spec)
+        + kv_blocks * group.block_bytes
+        + config.scheduler.max_num_open_blocks * group.open_block_bytes
+    )
+    config = replace(config, memory_bytes=memory_bytes)
+    return Engine(spec, backend, model.tokenizer, config, baseline_bytes=0)
 
 
 def run(
