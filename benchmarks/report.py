@@ -29,6 +29,9 @@ def tables(results: Path = RESULTS) -> dict[str, str]:
     kernels = results / "kernels.json"
     if kernels.exists():
         texts["kernels"] = kernel_table(json.loads(kernels.read_text()))
+    overhead = results / "overhead.json"
+    if overhead.exists():
+        texts["overhead"] = overhead_table(json.loads(overhead.read_text()))
     return texts
 
 
@@ -76,6 +79,25 @@ def kernel_table(report: dict[str, Any]) -> str:
     for name, by_tokens in ratios.items():
         spans = (by_tokens.get(tokens, []) for tokens in columns)
         lines.append(_row(name, *(f"{min(s):.2f}-{max(s):.2f}" if s else "" for s in spans)))
+    return "\n".join(lines)
+
+
+def overhead_table(report: dict[str, Any]) -> str:
+    """What Python takes of a decode step, by model, batch and speculation."""
+    head = ("model", "batch", "speculation", "tokens a step", "step", "Python", "share")
+    lines = [_row(*head), _row(*["---"] * len(head))]
+    for result in report["results"]:
+        lines.append(
+            _row(
+                result["model"],
+                result["batch"],
+                "on" if result["speculation"] else "off",
+                _number(result["tokens_per_step"], 1),
+                f"{result['step_ms']:.2f} ms",
+                f"{result['python_ms']:.2f} ms",
+                f"{result['python_share']:.1%}",
+            )
+        )
     return "\n".join(lines)
 
 

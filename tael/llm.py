@@ -13,7 +13,7 @@ from typing import TypeAlias, cast
 from tael.backends.base import Backend
 from tael.backends.cpu.backend import CPUBackend
 from tael.backends.reference import ReferenceBackend
-from tael.config import EngineConfig, SchedulerConfig
+from tael.config import EngineConfig, RopeScaling, SchedulerConfig
 from tael.engine.engine import Engine, OutputDelta
 from tael.errors import TaelError
 from tael.loader.download import Progress
@@ -22,8 +22,9 @@ from tael.loader.sources import resolve
 from tael.loader.tokenizer import Tokenizer
 from tael.memory.budget import parse_bytes
 from tael.memory.process import release_freed_memory, rss_bytes
+from tael.models.extension import for_context
 from tael.models.registry import read_spec
-from tael.models.spec import ModelSpec
+from tael.models.spec import ModelSpec, with_kv_format
 from tael.request import FinishReason, SamplingParams, TokenLogprobs, Usage
 
 Message: TypeAlias = Mapping[str, str]
@@ -58,6 +59,8 @@ class RequestOutput:
     prompt_token_ids: tuple[int, ...]
     outputs: tuple[CompletionOutput, ...]
     usage: Usage
+    prompt_logprobs: tuple[TokenLogprobs, ...]
+    """Of all tokens of the prompt but its first, if asked for."""
 
     @property
     def text(self) -> str:
@@ -70,8 +73,10 @@ class LLM:
 
     ``model`` is a name of the catalogue, a path, or ``file:``, ``hf:``, ``ms:`` or ``pypi:`` and
     what follows; it is pulled if it is not here, and ``progress`` shows that. ``memory`` bounds
-    the process, in bytes or as "2GiB" (None: what the machine can spare). Raises TaelError for a
-    model that cannot be had or read and for a budget that does not hold it.
+    the process, in bytes or as "2GiB" (None: what the machine can spare). ``max_model_len`` is the
+    longest context in tokens; one beyond the trained length takes a ``rope_scaling`` ("yarn",
+    "yarn:4", "dynamic"). Raises TaelError for a model that cannot be had or read, a context that
+    it does not reach and a budget that does not hold it.
     """
 
     def __init__(
@@ -80,26 +85,30 @@ class LLM:
         *,
         memory: int | str | None = None,
         max_model_len: int | None = None,
+        rope_scaling: str | None = None,
         num_threads: int | None = None,
         backend: str = "cpu",
         max_num_seqs: int = 32,
         max_num_batched_tokens: int = 512,
         speculation: bool = True,
+        kv_format: str = "bf16",
+        kv_budget: int | None = None,
+        prefill_budget: int | None = None,
         progress: Progress | None = None,
     ) -> None:
         config = EngineConfig(
             backend=backend,
             memory_bytes=parse_bytes(memory) if isinstance(memory, str) else memory,
             max_model_len=max_model_len,
+            rope_scaling=RopeScaling.parse(rope_scaling) if rope_scaling else None,
             num_threads=num_threads,
             speculation=speculation,
+            kv_format=kv_format,
+            kv_budget=kv_budget,
+            prefill_budget=prefill_budget,
             scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens),
         )
-        path = resolve(model, progress=progress)
-        spec, tokenizer, loaded, baseline_bytes = _load(path, config, progress)
-        self._engine: Engine | None = Engine(
-            spec, loaded, tokenizer, config, baseline_bytes=baseline_bytes
-        )
+        self._engine: Engine | None = open_engine(model, config, progress)
         self._ids = count()
         self._deltas: dict[str, deque[OutputDelta]] = {}
         """What requests have received and nobody has read."""
@@ -229,9 +238,11 @@ def paired(
 def gathered(prompt_token_ids: Sequence[int], deltas: Iterable[OutputDelta]) -> RequestOutput:
     """The whole answer from all of its deltas."""
     by_index: dict[int, list[OutputDelta]] = {}
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     for delta in deltas:
         by_index.setdefault(delta.index, []).append(delta)
         usage = delta.usage
+        prompt_logprobs += delta.prompt_logprobs
     outputs = []
     for index, parts in sorted(by_index.items()):
         last = parts[-1]
@@ -247,7 +258,16 @@ def gathered(prompt_token_ids: Sequence[int], deltas: Iterable[OutputDelta]) -> 
             )
         )
     assert usage is not None
-    return RequestOutput(tuple(prompt_token_ids), tuple(outputs), usage)
+    return RequestOutput(tuple(prompt_token_ids), tuple(outputs), usage, prompt_logprobs)
+
+
+def open_engine(model: str, config: EngineConfig, progress: Progress | None = None) -> Engine:
+    """An engine for a model, named as for ``LLM``, with all settings of ``config``. Raises
+    TaelError as ``LLM`` does."""
+    spec, tokenizer, backend, baseline_bytes = _load(
+        resolve(model, progress=progress), config, progress
+    )
+    return Engine(spec, backend, tokenizer, config, baseline_bytes=baseline_bytes)
 
 
 def _load(
@@ -256,16 +276,24 @@ def _load(
     """What an engine is made of, and the bytes that the process held without the weights."""
     if config.backend == "cpu":
         model = load_prepared(path, _repacking(path, progress) if progress else None)
+        spec = _configured(model.spec, config)
         release_freed_memory()
         baseline_bytes = rss_bytes()
-        backend = CPUBackend(model.spec, model.weights, config.num_threads)
-        return model.spec, model.tokenizer, backend, baseline_bytes
+        backend = CPUBackend(spec, model.weights, config.num_threads)
+        return spec, model.tokenizer, backend, baseline_bytes
     if config.backend == "reference":
         checkpoint = open_checkpoint(path)
-        spec, tokenizer = read_spec(checkpoint), load_tokenizer(path, checkpoint)
+        spec = _configured(read_spec(checkpoint), config)
+        tokenizer = load_tokenizer(path, checkpoint)
         baseline_bytes = rss_bytes()
         return spec, tokenizer, ReferenceBackend(spec, checkpoint), baseline_bytes
     raise TaelError(f"there is no backend {config.backend!r}; choose cpu or reference.")
+
+
+def _configured(spec: ModelSpec, config: EngineConfig) -> ModelSpec:
+    """The model as it is to be run. Raises TaelError if it cannot go as far as is asked."""
+    spec = for_context(spec, config.rope_scaling, config.max_model_len)
+    return with_kv_format(spec, config.kv_format, config.reads_sparsely)
 
 
 def _repacking(path: Path, progress: Progress) -> Callable[[float], None]:

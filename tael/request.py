@@ -32,7 +32,9 @@ class SamplingParams:
 
     ``temperature`` 0 is greedy. ``top_k`` 0 and ``top_p`` 1 are off. ``max_tokens`` None runs
     to the end of the context. ``logprobs`` N returns the chosen token's log-probability and the
-    N most likely ones (before temperature and filters). ``seed`` None draws one at random.
+    N most likely ones (before temperature and filters); ``prompt_logprobs`` N the same for the
+    tokens of the prompt, which is then computed in small chunks, past the prefix cache. ``seed``
+    None draws one at random.
     """
 
     max_tokens: int | None = None
@@ -46,6 +48,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
@@ -62,6 +65,8 @@ class SamplingParams:
             "presence_penalty must be between -2 and 2": -2.0 <= self.presence_penalty <= 2.0,
             "frequency_penalty must be between -2 and 2": -2.0 <= self.frequency_penalty <= 2.0,
             "logprobs must be between 0 and 20": self.logprobs is None or 0 <= self.logprobs <= 20,
+            "prompt_logprobs must be between 0 and 20": self.prompt_logprobs is None
+            or 0 <= self.prompt_logprobs <= 20,
             "stop must list strings, none empty": not isinstance(self.stop, str)
             and all(isinstance(stop, str) and stop for stop in self.stop),
             "n must be between 1 and 128": 1 <= self.n <= 128,
@@ -139,6 +144,7 @@ class Request:
         eos_token_ids: frozenset[int] = frozenset(),
         cache_salt: str = "",
         speculation: bool = True,
+        is_masked: bool = False,
     ) -> None:
         self.request_id = request_id
         self.params = params
@@ -147,6 +153,8 @@ class Request:
         """Requests share cached blocks and recent outputs only with requests of the same salt."""
         self.speculation = speculation
         """Whether tokens may be drafted, where the engine does so."""
+        self.is_masked = is_masked
+        """Whether only some tokens may come next, which takes whole rows of logits to see."""
         self.num_prompt_tokens = len(prompt_token_ids)
         self.token_ids: list[int] = list(prompt_token_ids)
         """Prompt and output."""
@@ -162,7 +170,8 @@ class Request:
         """...this time of the monotonic clock."""
         self.status = RequestStatus.WAITING
         self.finish_reason: FinishReason | None = None
-        self.logprobs: list[TokenLogprobs] = []
+        self.prompt_logprobs: list[TokenLogprobs] = []
+        """Of the tokens after the first, as far as computed, if asked for."""
         self.usage = Usage(num_prompt_tokens=len(prompt_token_ids))
         self.arrival_time = time.monotonic()
 
@@ -177,6 +186,14 @@ class Request:
     @property
     def output_token_ids(self) -> list[int]:
         return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def wants_prompt_logits(self) -> bool:
+        """Whether logits at positions of the prompt are still to be looked at."""
+        return (
+            self.params.prompt_logprobs is not None
+            and len(self.prompt_logprobs) < self.num_prompt_tokens - 1
+        )
 
     @property
     def is_finished(self) -> bool:

@@ -81,6 +81,7 @@ CONFIGS = {
     "mistral": MistralConfig(**SIZES, sliding_window=WINDOW),
     "mistral without a window": MistralConfig(**SIZES, sliding_window=None),
     "qwen2": Qwen2Config(**SIZES),
+    "qwen2 with yarn rope": Qwen2Config(**SIZES, rope_parameters=YARN),
     "qwen2 sliding": Qwen2Config(
         **SIZES, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1
     ),
@@ -225,6 +226,11 @@ def write_gguf(path: Path, model: PreTrainedModel, dtype: type[np.floating[Any]]
         plain = 10000.0 ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
         scaled = model.model.rotary_emb.inv_freq.numpy()
         writer.add_tensor("rope_freqs.weight", (plain / scaled).astype(np.float32))
+
+    if rope.get("rope_type") == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
 
     names = gguf.get_tensor_name_map(
         gguf.MODEL_ARCH[architecture.upper()], config.num_hidden_layers

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import wraps
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
+
+from tael.config import KV_FORMATS
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -25,20 +29,67 @@ def byte_size(text: str) -> int:
     return parse_bytes(text)
 
 
+def token_count(text: str) -> int:
+    """Tokens in a count such as 32768 or 32K: the type of a click option."""
+    match = re.fullmatch(r"(\d{1,12})([km]?)", text, re.IGNORECASE)
+    if match is None:
+        raise click.BadParameter(f"{text!r} is no number of tokens such as 32768, 32K or 1M")
+    return int(match[1]) << {"": 0, "k": 10, "m": 20}[match[2].lower()]
+
+
 def model_options(command: F) -> F:
-    """How a model is loaded: the arguments of ``open_llm`` besides the name."""
-    for option in (
-        click.option("--context", type=int, metavar="TOKENS", help="Longest context."),
-        click.option("--threads", type=int, metavar="N", help="Threads to compute with."),
-        click.option(
+    """How a model is loaded: keyword arguments of ``LLM``, as the command's ``settings``."""
+    options = {
+        "memory": click.option(
             "--memory",
             type=byte_size,
             metavar="SIZE",
             help="Memory for everything, such as 2GiB.  [default: what the machine can spare]",
         ),
-    ):
-        command = option(command)
-    return command
+        "num_threads": click.option(
+            "--threads", "num_threads", type=int, metavar="N", help="Threads to compute with."
+        ),
+        "max_model_len": click.option(
+            "--context",
+            "max_model_len",
+            type=token_count,
+            metavar="TOKENS",
+            help="Longest context, such as 32K.",
+        ),
+        "rope_scaling": click.option(
+            "--rope-scaling",
+            metavar="KIND[:FACTOR]",
+            help="Go beyond the trained context: yarn or dynamic.",
+        ),
+        "kv_format": click.option(
+            "--kv-format",
+            type=click.Choice(KV_FORMATS),
+            default="bf16",
+            show_default=True,
+            help="How the KV of complete blocks is held.",
+        ),
+        "kv_budget": click.option(
+            "--kv-budget",
+            type=token_count,
+            metavar="TOKENS",
+            help="Context that each token of the answer reads, chosen anew for every token and KV "
+            "head.  [default: all]",
+        ),
+        "prefill_budget": click.option(
+            "--prefill-budget",
+            type=token_count,
+            metavar="TOKENS",
+            help="The same for each token of the prompt.  [default: all]",
+        ),
+    }
+
+    @wraps(command)
+    def with_settings(**arguments: Any) -> None:
+        command(settings={name: arguments.pop(name) for name in options}, **arguments)
+
+    for option in reversed(options.values()):
+        with_settings = option(with_settings)
+    return cast(F, with_settings)
 
 
 speculation_option = click.option(
@@ -47,7 +98,7 @@ speculation_option = click.option(
     help="Guess tokens from the text and verify several at once, which changes no token.  "
     "[default: on]",
 )
-"""Also an argument of ``open_llm``; not for what measures steps of one token."""
+"""An argument of ``LLM`` too, but not for what measures steps of one token."""
 
 
 def sampling_options(command: F) -> F:
@@ -70,27 +121,12 @@ def sampling_options(command: F) -> F:
     return command
 
 
-def open_llm(
-    model: str,
-    memory: int | None,
-    threads: int | None,
-    context: int | None,
-    *,
-    speculation: bool = True,
-    quiet: bool,
-) -> LLM:
+def open_llm(model: str, *, quiet: bool, **settings: Any) -> LLM:
     """Load a model, pulling it if need be, and say on stderr what it can hold."""
     from tael.llm import LLM
 
     with TransferBar() as progress:
-        llm = LLM(
-            model,
-            memory=memory,
-            max_model_len=context,
-            num_threads=threads,
-            speculation=speculation,
-            progress=progress,
-        )
+        llm = LLM(model, progress=progress, **settings)
     if not quiet:
         click.echo(f"{model}: {llm.engine.describe()}", err=True)
     return llm

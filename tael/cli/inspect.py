@@ -45,8 +45,10 @@ def command(model: str, memory: int | None, as_json: bool) -> None:
 
 def _layers(spec: ModelSpec) -> dict[str, Any]:
     from tael.config import BLOCK_SIZE
+    from tael.models.extension import extension_of
     from tael.models.spec import cache_groups
 
+    extension = extension_of(spec)
     mixers = [layer.mixer for layer in spec.layers]
     return {
         "family": spec.family,
@@ -55,6 +57,8 @@ def _layers(spec: ModelSpec) -> dict[str, Any]:
         "vocab_size": spec.vocab_size,
         "num_parameters": sum(prod(shape) for shape in spec.parameters().values()),
         "trained_context": spec.max_position_embeddings,
+        "rope_scaling": extension
+        and {"kinds": extension.scalings, "max_context": extension.max_length},
         "cache": [
             {
                 "num_layers": len(group.layers),
@@ -142,5 +146,8 @@ def _render(model: str, report: dict[str, Any]) -> str:
     else:
         here = f"{report['max_context']:,} tokens here, in {format_bytes(report['memory_bytes'])}"
     rows.append(("context", f"{report['trained_context']:,} tokens trained for"))
+    if scaling := report["rope_scaling"]:
+        kinds = " or ".join(scaling["kinds"])
+        rows.append(("", f"{scaling['max_context']:,} tokens with --rope-scaling {kinds}"))
     rows.append(("", here))
     return "\n".join(f"{label:8} {text}" for label, text in rows)

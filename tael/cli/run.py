@@ -45,9 +45,7 @@ def command(
     system: str | None,
     raw: bool,
     as_json: bool,
-    memory: int | None,
-    threads: int | None,
-    context: int | None,
+    settings: dict[str, Any],
     speculation: bool,
     **sampling: Any,
 ) -> None:
@@ -58,7 +56,7 @@ def command(
     model, question = _model_and_question(words)
     text = _prompt_text(question, files)
     params = SamplingParams(**sampling)
-    with open_llm(model, memory, threads, context, speculation=speculation, quiet=as_json) as llm:
+    with open_llm(model, quiet=as_json, speculation=speculation, **settings) as llm:
         prompt = _prompt(llm, model, text, system, raw)
         if as_json:
             _print_json(llm, model, prompt, params)

@@ -206,16 +206,32 @@ def test_run_options_reach_the_model(llm: FakeLLM) -> None:
     arguments = (
         "run m.gguf hi --memory 2GiB --threads 3 --context 99 --system s --top-k 5 --seed 4 "
     )
-    arguments += "--no-speculation"
+    arguments += "--no-speculation --rope-scaling yarn:4"
     assert invoke(*arguments.split(), "--max-tokens", "6").exit_code == 0
     assert llm.model == "m.gguf"
     settings = {k: v for k, v in llm.settings.items() if k != "progress"}
     assert settings.pop("speculation") is False
+    assert settings.pop("rope_scaling") == "yarn:4"
     assert settings == {"memory": 2 << 30, "max_model_len": 99, "num_threads": 3}
     assert llm.engine.params == SamplingParams(
         max_tokens=6, temperature=0.2, top_k=5, top_p=0.9, seed=4
     )
     assert llm.prompt[0] == {"role": "system", "content": "s"}
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"), [("40000", 40_000), ("32K", 32_768), ("1m", 1 << 20), ("0", 0)]
+)
+def test_run_counts_the_context_in_tokens(llm: FakeLLM, text: str, tokens: int) -> None:
+    assert invoke("run", "hi", "--context", text).exit_code == 0
+    assert llm.settings["max_model_len"] == tokens
+
+
+@pytest.mark.parametrize("text", ["many", "1.5K", "-1", "32KiB", ""])
+def test_run_refuses_a_context_that_is_no_number(llm: FakeLLM, text: str) -> None:
+    result = invoke("run", "hi", "--context", text)
+    assert result.exit_code == 2
+    assert "is no number of tokens such as 32768, 32K or 1M" in result.stderr
 
 
 def test_run_puts_files_before_the_question(llm: FakeLLM, tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tael import LLM, TaelError
 from tael.cli.main import main
 from tael.evals.plot import plot
+from tael.models.extension import EXTENSIONS
+from tael.models.spec import ContextExtension
 
 
 def inspect(*arguments: str) -> str:
@@ -83,6 +85,13 @@ def test_inspect(tiny_model: Path) -> None:
     text = inspect(str(tiny_model))
     assert "llama: 2 layers" in text
     assert "256 bytes a token, 128 a layer" in text
+
+
+def test_inspect_names_the_scalings(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert json.loads(inspect(str(tiny_model), "--json"))["rope_scaling"] is None
+    extension = ContextExtension(("yarn", "dynamic"), 1e4, (1 << 20,), 1 << 20, 1 << 22)
+    monkeypatch.setitem(EXTENSIONS, "llama", extension)
+    assert "4,194,304 tokens with --rope-scaling yarn or dynamic" in inspect(str(tiny_model))
 
 
 def test_inspect_says_what_a_run_would_get(

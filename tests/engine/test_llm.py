@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,9 +24,10 @@ from tael.evals.speed import Workload, measure
 from tael.llm import MAX_TOKEN_CHARACTERS, RequestOutput, gathered
 from tael.loader.safetensors import SafetensorsCheckpoint
 from tael.loader.tokenizer import Tokenizer
+from tael.models.extension import EXTENSIONS
 from tael.models.registry import read_spec
-from tael.models.spec import cache_groups
-from tael.request import FinishReason
+from tael.models.spec import ContextExtension, cache_groups
+from tael.request import FinishReason, TokenLogprobs
 
 
 @pytest.fixture(scope="module")
@@ -308,6 +310,33 @@ def test_budget(folder: Path) -> None:
         assert output.usage.num_prompt_tokens + output.usage.num_output_tokens == 100
 
 
+def test_context_beyond_the_training(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TaelError, match=f"{MAX_LEN + 1} tokens is beyond the {MAX_LEN}"):
+        LLM(str(folder), backend="reference", max_model_len=MAX_LEN + 1)
+    with pytest.raises(TaelError, match="describe no RoPE scaling yarn"):
+        LLM(str(folder), backend="reference", max_model_len=2 * MAX_LEN, rope_scaling="yarn")
+
+    extension = ContextExtension(("yarn",), 10000.0, (MAX_LEN,), MAX_LEN, 4 * MAX_LEN)
+    monkeypatch.setitem(EXTENSIONS, "llama", extension)
+    parameters = {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 2.0,
+        "original_max_position_embeddings": MAX_LEN,
+    }
+    expected = LlamaForCausalLM.from_pretrained(
+        folder, rope_parameters=parameters, dtype=torch.float32
+    ).eval()
+    prompt = [i % 251 for i in range(MAX_LEN + 40)]
+    with LLM(
+        str(folder), backend="reference", max_model_len=2 * MAX_LEN, rope_scaling="yarn"
+    ) as llm:
+        assert llm.engine.max_model_len == 2 * MAX_LEN
+        (output,) = llm.generate([prompt], GREEDY)
+    greedy = expected.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)
+    assert list(output.outputs[0].token_ids) == greedy[0, len(prompt) :].tolist()
+
+
 def test_preemption_changes_no_token(folder: Path) -> None:
     prompts = [list(range(i, i + 40)) for i in range(6)]
     params = SamplingParams(seed=4, max_tokens=50, ignore_eos=True, presence_penalty=0.5, n=2)
@@ -380,3 +409,28 @@ def test_text_that_cannot_fit_is_refused_before_it_is_tokenised(llm: LLM) -> Non
     for prompt in (text, [{"role": "user", "content": text}]):
         with pytest.raises(TaelError, match="characters cannot fit the context of 256 tokens"):
             llm.encode(prompt)
+
+
+def test_prompt_logprobs(llm: LLM) -> None:
+    """Those of a prompt are what its tokens would have had as output; whatever else runs, and
+    although the prefix cache has the prompt."""
+    params = SamplingParams(temperature=0, max_tokens=3, prompt_logprobs=2, n=2)
+    alone = [llm.generate(prompt, params)[0] for prompt in PROMPTS]
+    others = [SamplingParams(temperature=0, max_tokens=40)] * 3
+    together = llm.generate([*["other text"] * 3, *PROMPTS], [*others, *[params] * len(PROMPTS)])
+    for one, many in zip(alone, together[3:], strict=True):
+        assert values(one.prompt_logprobs) == pytest.approx(values(many.prompt_logprobs), abs=1e-4)
+        assert one.outputs == many.outputs
+        token_ids = list(one.prompt_token_ids)
+        assert [entry.token_id for entry in one.prompt_logprobs] == token_ids[1:]
+        for i in (1, len(token_ids) // 2, len(token_ids) - 1):
+            forced = SamplingParams(
+                temperature=0, max_tokens=1, logprobs=2, logit_bias={token_ids[i]: 1e9}
+            )
+            (again,) = llm.generate([token_ids[:i]], forced)
+            found = again.outputs[0].logprobs
+            assert values(found) == pytest.approx(values(one.prompt_logprobs[i - 1 : i]), abs=1e-4)
+
+
+def values(logprobs: Sequence[TokenLogprobs]) -> list[float]:
+    return [v for entry in logprobs for v in (entry.logprob, *dict(entry.top).values())]

@@ -6,6 +6,7 @@ beside a second sequence.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,6 +19,7 @@ from tiny_models import (
     CONFIGS,
     GEMMA,
     NUM_TOKENS,
+    SIZES,
     cpu_backend,
     divergence,
     random_model,
@@ -33,13 +35,17 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     PreTrainedModel,
+    Qwen2Config,
 )
 
 from tael.backends.base import Backend
 from tael.backends.reference import ReferenceBackend
+from tael.config import RopeScaling
 from tael.loader.checkpoint import Checkpoint
 from tael.loader.gguf import GGUFCheckpoint
 from tael.loader.safetensors import SafetensorsCheckpoint
+from tael.models.extension import scaled
+from tael.models.families import qwen2
 from tael.models.registry import read_spec
 from tael.models.spec import ModelSpec
 from tael.quant.formats import FORMATS
@@ -55,6 +61,9 @@ MAX_DIVERGENCES = {
     **dict.fromkeys(("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"), 4e-4),
 }
 """The same by weight format, on matrices that neither shrink nor grow their input."""
+
+LONG = 250
+"""Tokens, of a model that was trained with 64."""
 
 Tokens: TypeAlias = NDArray[np.int32]
 Logits: TypeAlias = NDArray[np.float32]
@@ -101,7 +110,16 @@ def test_text_part_of_a_multimodal_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize(
-    "name", ["llama", "llama tied", "llama with llama3 rope", "qwen2", "qwen3", "gemma3"]
+    "name",
+    [
+        "llama",
+        "llama tied",
+        "llama with llama3 rope",
+        "qwen2",
+        "qwen2 with yarn rope",
+        "qwen3",
+        "gemma3",
+    ],
 )
 def test_gguf(name: str, dtype: type[np.floating[Any]], tmp_path: Path) -> None:
     model = random_model(CONFIGS[name])
@@ -110,6 +128,32 @@ def test_gguf(name: str, dtype: type[np.floating[Any]], tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     write_gguf(path, model, dtype)
     check(GGUFCheckpoint(path), model, tmp_path)
+
+
+@pytest.mark.parametrize("scaling", ["yarn", "yarn:3.9", "dynamic", "dynamic:2"])
+def test_beyond_the_trained_length(scaling: str, tmp_path: Path) -> None:
+    """A plain model, extended on request, is the one whose configuration asks for it."""
+    kind, factor = (parsed := RopeScaling.parse(scaling)).kind, parsed.factor
+    extension = replace(qwen2.EXTENSION, rope_theta=1e4, original_length=64, max_length=256)
+    parameters = {"rope_type": kind, "rope_theta": 1e4, "original_max_position_embeddings": 64}
+    parameters["factor"] = factor or (LONG / 64 if kind == "yarn" else 1.0)
+    sizes = {**SIZES, "max_position_embeddings": 64}
+    plain = random_model(Qwen2Config(**sizes))
+    plain.save_pretrained(tmp_path)
+    expected_model = random_model(Qwen2Config(**sizes, rope_parameters=parameters))
+    tokens = np.random.default_rng(1).integers(0, SIZES["vocab_size"], LONG, dtype=np.int32)
+    expected = transformers_logits(expected_model, tokens)
+    assert np.abs(expected - transformers_logits(plain, tokens))[64:].max() > 0.1
+
+    checkpoint = SafetensorsCheckpoint(tmp_path)
+    spec = scaled(read_spec(checkpoint), extension, parsed, LONG)
+    logits = run(spec, ReferenceBackend(spec, checkpoint), [tokens], [[LONG]])[0]
+    assert np.abs(logits - expected).max() < TOLERANCE
+    cpu = cpu_backend(spec, checkpoint, tmp_path)
+    whole = run(spec, cpu, [tokens], [[LONG]])[0]
+    assert divergence(expected, whole).mean() < MAX_DIVERGENCE
+    pieces = run(spec, cpu, [tokens], [[1, 63, 1, 60, LONG - 126, 1]])[0]
+    np.testing.assert_array_equal(pieces, whole)
 
 
 def check(checkpoint: Checkpoint, model: PreTrainedModel, folder: Path) -> None:

@@ -61,6 +61,14 @@ def test_links(path: Path) -> None:
         assert (path.parent / target).exists(), target
 
 
+def test_python_takes_little_of_a_step() -> None:
+    results = json.loads((ROOT / "benchmarks/results/overhead.json").read_text())["results"]
+    cases = {(r["model"], r["batch"], r["speculation"]): r["python_share"] for r in results}
+    bounds = {"smollm2-135m": 0.10, "qwen2.5-coder-0.5b": 0.05}
+    assert len(cases) == len(bounds) * 2 * 2
+    assert all(0 < share < bounds[model] for (model, *_), share in cases.items())
+
+
 def test_performance_tables() -> None:
     expected = report.tables()
     placed = report.placed_tables()

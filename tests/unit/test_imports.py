@@ -13,6 +13,7 @@ import tael
 ROOT = Path(tael.__file__).parent
 LAYERS = [
     ("cli",),
+    ("server",),
     ("llm", "async_llm", "evals"),
     ("engine",),
     ("speculative", "cache", "memory", "economics"),

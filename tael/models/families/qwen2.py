@@ -7,8 +7,19 @@ from dataclasses import replace
 from tael.loader.checkpoint import Checkpoint
 from tael.models.config import ModelConfig
 from tael.models.rope import context_length, rope, rope_parameters
-from tael.models.spec import Attention, Dense, LayerSpec, ModelSpec
+from tael.models.spec import Attention, ContextExtension, Dense, LayerSpec, ModelSpec
 from tael.models.tensor_names import with_sources
+
+# The model cards of Qwen2 and Qwen2.5 ("Processing Long Texts") set YaRN with factor 4 and
+# original_max_position_embeddings 32768. They vouch for the result from 7B on. Of "dynamic" they
+# say nothing; it is there to compare with.
+EXTENSION = ContextExtension(
+    scalings=("yarn", "dynamic"),
+    rope_theta=1_000_000.0,
+    native_lengths=(32_768,),
+    original_length=32_768,
+    max_length=131_072,
+)
 
 
 def read(config: ModelConfig, checkpoint: Checkpoint) -> ModelSpec:

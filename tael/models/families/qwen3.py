@@ -6,10 +6,15 @@ from dataclasses import replace
 
 from tael.loader.checkpoint import Checkpoint
 from tael.models.config import ModelConfig
+from tael.models.families import qwen2
 from tael.models.families.qwen2 import windows
 from tael.models.rope import context_length, rope, rope_parameters
 from tael.models.spec import Attention, Dense, LayerSpec, ModelSpec
 from tael.models.tensor_names import with_sources
+
+# As Qwen 2; its configurations count 8,192 tokens of answer on top of the training's length
+# ("Enabling Long Context" in Qwen's documentation).
+EXTENSION = replace(qwen2.EXTENSION, native_lengths=(32_768, 40_960))
 
 
 def read(config: ModelConfig, checkpoint: Checkpoint) -> ModelSpec:
