@@ -36,7 +36,7 @@ class TokenMask:
         the answer. Raises ValueError if the grammar has become too large to follow."""
         mask = np.frombuffer(self._matcher.compute_logit_bias(), np.uint8).astype(np.bool_)
         if self._matcher.is_error():
-            raise ValueError(f"the grammar failed: {self._matcher.get_error()}")
+            raise ValueError(f"the grammar failed: {_first_line(self._matcher.get_error())}")
         return mask
 
     def accept(self, token_id: int) -> None:
@@ -68,6 +68,7 @@ class GrammarCompiler:
         from llguidance import LLMatcher
 
         matcher = LLMatcher(self._vocabulary, grammar, log_level=0)
+        matcher.compute_logit_bias()  # some of what is wrong shows only when it is used
         return _refusal(matcher.get_error()) if matcher.is_error() else TokenMask(matcher)
 
     @cached_property
@@ -96,5 +97,9 @@ class _Vocabulary:
 
 
 def _refusal(reason: str) -> TaelError:
-    line = " ".join(reason.split("\n", 1)[0].split())[:200].rstrip(".")
-    return TaelError(f"the schema cannot be compiled: {line}; simplify it.")
+    return TaelError(f"the schema cannot be compiled: {_first_line(reason)}; simplify it.")
+
+
+def _first_line(reason: str) -> str:
+    """The rest of what llguidance says is its state."""
+    return reason.split("\n", 1)[0][:200].rstrip(".")

@@ -40,6 +40,7 @@ REFUSED = [
     ("chat", {"logit_bias": {"999999": 1}}, "logit_bias", "invalid_value"),
     ("chat", {"logit_bias": {"1": 101}}, "logit_bias.1", "invalid_value"),
     ("chat", {"stop": [""]}, None, "invalid_value"),
+    ("chat", {"stop": "\ud800"}, None, "invalid_value"),
     ("chat", {"stop": ["a"] * 17}, None, "invalid_value"),
     ("chat", {"seed": 2**64}, "seed", "invalid_value"),
     ("chat", {"audio": {}}, "audio", "unsupported_parameter"),
@@ -199,7 +200,7 @@ BOMBS: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": "<eos>" * 10, "name": "../../etc/passwd"}]},
     {"user": "../../etc/passwd", "metadata": {"../..": "\u0000"}},
     {"n": 128, "max_tokens": 1},
-    {"stop": ["\ud83d\ude00" * 500], "logit_bias": {str(i): -100 for i in range(256)}},
+    {"stop": ["\U0001f600" * 500], "logit_bias": {str(i): -100 for i in range(256)}},
 ]
 
 
