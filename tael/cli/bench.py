@@ -16,6 +16,6 @@ class _SpeedUnlessNamed(click.Group):
 
 command = _SpeedUnlessNamed(
     "bench",
-    help="Measure speed, which is the default, or the effective context.",
+    help="Measure speed, which is the default (tael bench speed --help), or effective context.",
     commands=[bench_speed.command, bench_context.command],
 )
