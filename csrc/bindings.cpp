@@ -36,6 +36,12 @@ Format format_named(const std::string& name) {
   throw std::invalid_argument("unknown weight format " + name);
 }
 
+KVFormat kv_format_named(const std::string& name) {
+  for (int i = 0; i < kNumKVFormats; ++i)
+    if (name == kKVFormatNames[i]) return KVFormat(i);
+  throw std::invalid_argument("unknown KV format " + name);
+}
+
 // A Matrix that keeps its bytes alive.
 struct MatrixHandle {
   Matrix matrix;
@@ -144,7 +150,10 @@ struct ModelHandle {
         .rope = number("rope"),
         .plan = -1,
         .cache_group = number("cache_group"),
+        .kv_format = kv_format_named(nb::cast<std::string>(attention["kv_format"])),
+        .key_summaries = nb::cast<bool>(attention["key_summaries"]),
         .layer_offset = nb::cast<int64_t>(attention["layer_offset"]),
+        .open_layer_offset = nb::cast<int64_t>(attention["open_layer_offset"]),
     };
     AttentionWeights weights{
         matrix(attention, "q"), matrix(attention, "k"), matrix(attention, "v"), matrix(attention, "o"),
@@ -158,9 +167,12 @@ struct ModelHandle {
                      vector(norms, "ffn_post")});
   }
 
-  void bind_kv(int group, Pool pool) {
-    keep.push_back(nb::cast(pool));
-    model.bind_kv(group, pool.data(), int64_t(pool.shape(0)), int64_t(pool.shape(1)));
+  void bind_kv(int group, Pool blocks, std::optional<Pool> open) {
+    const auto pool = [&](const Pool& array) -> BlockPool {
+      keep.push_back(nb::cast(array));
+      return {array.data(), int64_t(array.shape(0)), int64_t(array.shape(1))};
+    };
+    model.bind_kv(group, pool(blocks), open ? pool(*open) : BlockPool{});
   }
 };
 
@@ -175,8 +187,8 @@ template <class T> auto view(nb::handle self, const Buffer<T>& buffer, int64_t r
 }
 
 nb::tuple forward(nb::handle_t<ModelHandle> self, Ints token_ids, Ints positions, Ints query_start,
-                  const std::vector<Ints2D>& block_tables, Ints logits_indices, Floats temperatures,
-                  Bools full_logits) {
+                  const std::vector<Ints2D>& block_tables, const std::vector<Ints2D>& open_tables,
+                  Ints logits_indices, Floats temperatures, Bools full_logits, std::optional<Ints> kv_budgets) {
   Model& model = nb::cast<ModelHandle&>(self).model;
   Batch batch{};
   batch.num_tokens = int64_t(token_ids.size());
@@ -191,10 +203,16 @@ nb::tuple forward(nb::handle_t<ModelHandle> self, Ints token_ids, Ints positions
   batch.logits_indices = logits_indices.data();
   batch.temperatures = temperatures.data();
   batch.full_logits = full_logits.data();
-  for (const Ints2D& table : block_tables) {
-    if (int64_t(table.shape(0)) != batch.num_seqs) throw std::invalid_argument("one block table row a sequence");
-    batch.block_tables.push_back({table.data(), int64_t(table.shape(1))});
-  }
+  if (kv_budgets && kv_budgets->size() != token_ids.size()) throw std::invalid_argument("one KV budget a token");
+  batch.kv_budgets = kv_budgets ? kv_budgets->data() : nullptr;
+  const auto tables = [&](const std::vector<Ints2D>& arrays, std::vector<Batch::BlockTable>& out) {
+    for (const Ints2D& table : arrays) {
+      if (int64_t(table.shape(0)) != batch.num_seqs) throw std::invalid_argument("one block table row a sequence");
+      out.push_back({table.data(), int64_t(table.shape(1))});
+    }
+  };
+  tables(block_tables, batch.block_tables);
+  tables(open_tables, batch.open_tables);
   const HeadOutput* out;
   {
     nb::gil_scoped_release release;
@@ -213,6 +231,8 @@ nb::tuple forward(nb::handle_t<ModelHandle> self, Ints token_ids, Ints positions
 NB_MODULE(_native, m) {
   using namespace tael;
   m.attr("BLOCK_TOKENS") = kBlockTokens;
+  m.attr("MAX_HEAD_DIM") = kMaxHeadDim;
+  m.attr("MIN_BUDGET_BLOCKS") = kMinBudgetBlocks;
 #if defined(__clang__)
   m.attr("COMPILER") = __VERSION__;
 #else
@@ -266,10 +286,10 @@ NB_MODULE(_native, m) {
                           int64_t max_model_len, int64_t num_candidates) {
         self.model.allocate({max_tokens, max_seqs, max_logits, max_model_len, num_candidates});
       }, "max_tokens"_a, "max_seqs"_a, "max_logits"_a, "max_model_len"_a, "num_candidates"_a)
-      .def("bind_kv", &ModelHandle::bind_kv, "cache_group"_a, "pool"_a.noconvert())
+      .def("bind_kv", &ModelHandle::bind_kv, "cache_group"_a, "blocks"_a.noconvert(), "open_blocks"_a.noconvert() = nb::none())
       .def_prop_ro("workspace_bytes", [](const ModelHandle& self) { return self.model.workspace_bytes(); })
-      .def("forward", &forward, "token_ids"_a, "positions"_a, "query_start"_a, "block_tables"_a, "logits_indices"_a,
-           "temperatures"_a, "full_logits"_a)
+      .def("forward", &forward, "token_ids"_a, "positions"_a, "query_start"_a, "block_tables"_a, "open_tables"_a,
+           "logits_indices"_a, "temperatures"_a, "full_logits"_a, "kv_budgets"_a = nb::none())
       .def("draw", [](const ModelHandle& self, int64_t row, double uniform) {
         const Candidate drawn = self.model.draw(row, uniform);
         return nb::make_tuple(drawn.token_id, drawn.logit);

@@ -7,6 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 BLOCK_TOKENS: int
+MAX_HEAD_DIM: int
+MIN_BUDGET_BLOCKS: int
 COMPILER: str
 
 def supported_isas() -> list[str]:
@@ -62,7 +64,12 @@ class Model:
         max_model_len: int,
         num_candidates: int,
     ) -> None: ...
-    def bind_kv(self, cache_group: int, pool: NDArray[np.uint8]) -> None: ...
+    def bind_kv(
+        self,
+        cache_group: int,
+        blocks: NDArray[np.uint8],
+        open_blocks: NDArray[np.uint8] | None = None,
+    ) -> None: ...
     @property
     def workspace_bytes(self) -> int: ...
     def forward(
@@ -71,9 +78,11 @@ class Model:
         positions: NDArray[np.int32],
         query_start: NDArray[np.int32],
         block_tables: Sequence[NDArray[np.int32]],
+        open_tables: Sequence[NDArray[np.int32]],
         logits_indices: NDArray[np.int32],
         temperatures: NDArray[np.float32],
         full_logits: NDArray[np.bool_],
+        kv_budgets: NDArray[np.int32] | None = None,
     ) -> tuple[
         NDArray[np.int32],
         NDArray[np.float32],

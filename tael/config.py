@@ -10,9 +10,19 @@ from tael.errors import TaelError
 BLOCK_SIZE = 32
 """Tokens per KV block. Kernels accumulate attention in chunks of one block."""
 
+NUM_SINK_BLOCKS, NUM_RECENT_BLOCKS = 4, 4
+"""Complete blocks that a query reads whatever its budget: the first and the last."""
+
+MIN_BUDGET_BLOCKS = NUM_SINK_BLOCKS + NUM_RECENT_BLOCKS + 1
+"""With the one that the query is in."""
+
 MAX_THREADS = 1024
 """More than any machine has cores: a slip of the keyboard."""
 
+
+KV_FORMATS = ("bf16", "q8", "k8v4")
+"""How complete KV blocks hold keys and values: as computed; in 8 bits; keys in 8 bits and values in
+4. Keys have a scale per channel of the block, values one per token (csrc/kernels/types.hpp)."""
 
 MAX_DRAFT_TOKENS = 15
 """Drafted tokens that one request can have verified in a step: 16 with the one before them."""
@@ -34,6 +44,12 @@ class SchedulerConfig:
         """Tokens of a step whose logits may be asked for: one of each sequence, and as many drafted
         ones as that leaves. A batch too large to leave any gains nothing from drafts."""
         return max(self.max_num_seqs, 1 + MAX_DRAFT_TOKENS)
+
+    @property
+    def max_num_open_blocks(self) -> int:
+        """KV blocks that the tokens of a step lie in, of all sequences, and those that the other
+        running ones have begun: n consecutive tokens lie in at most (n + 62) // 32."""
+        return self.max_num_batched_tokens // BLOCK_SIZE + 2 * self.max_num_seqs
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +82,10 @@ class EngineConfig:
     interpreter (None: what the machine can spare). ``max_model_len`` bounds the context in
     tokens (None: what the model was trained for and the memory holds), and ``rope_scaling``
     takes it beyond the trained length. ``speculation`` guesses tokens from the text and
-    verifies several at once; it changes no token.
+    verifies several at once; it changes no token. ``kv_format`` is how
+    complete KV blocks are held (one of KV_FORMATS). ``kv_budget`` and ``prefill_budget`` bound the
+    tokens of context whose KV each query of the answer and of the prompt reads per KV head under
+    full attention (None: all).
     """
 
     backend: str = "cpu"
@@ -75,11 +94,28 @@ class EngineConfig:
     rope_scaling: RopeScaling | None = None
     num_threads: int | None = None
     speculation: bool = True
+    kv_format: str = "bf16"
+    kv_budget: int | None = None
+    prefill_budget: int | None = None
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+
+    @property
+    def reads_sparsely(self) -> bool:
+        return self.kv_budget is not None or self.prefill_budget is not None
 
     def __post_init__(self) -> None:
         if self.max_model_len is not None and self.max_model_len < 1:
             raise TaelError(f"a context of {self.max_model_len} tokens holds nothing; raise it.")
+        if self.kv_format not in KV_FORMATS:
+            raise TaelError(
+                f"there is no KV format {self.kv_format!r}; choose {' or '.join(KV_FORMATS)}."
+            )
+        for budget in (self.kv_budget, self.prefill_budget):
+            if budget is not None and budget < MIN_BUDGET_BLOCKS * BLOCK_SIZE:
+                raise TaelError(
+                    f"a KV budget of {budget} tokens does not hold the first and the last blocks; "
+                    f"give at least {MIN_BUDGET_BLOCKS * BLOCK_SIZE}."
+                )
         if not 0 <= (self.num_threads or 0) <= MAX_THREADS:
             raise TaelError(
                 f"cannot compute with {self.num_threads} threads; give 1 to {MAX_THREADS}, or "

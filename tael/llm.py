@@ -24,7 +24,7 @@ from tael.memory.budget import parse_bytes
 from tael.memory.process import release_freed_memory, rss_bytes
 from tael.models.extension import for_context
 from tael.models.registry import read_spec
-from tael.models.spec import ModelSpec
+from tael.models.spec import ModelSpec, with_kv_format
 from tael.request import FinishReason, SamplingParams, TokenLogprobs, Usage
 
 Message: TypeAlias = Mapping[str, str]
@@ -59,6 +59,8 @@ class RequestOutput:
     prompt_token_ids: tuple[int, ...]
     outputs: tuple[CompletionOutput, ...]
     usage: Usage
+    prompt_logprobs: tuple[TokenLogprobs, ...]
+    """Of all tokens of the prompt but its first, if asked for."""
 
     @property
     def text(self) -> str:
@@ -89,6 +91,9 @@ class LLM:
         max_num_seqs: int = 32,
         max_num_batched_tokens: int = 512,
         speculation: bool = True,
+        kv_format: str = "bf16",
+        kv_budget: int | None = None,
+        prefill_budget: int | None = None,
         progress: Progress | None = None,
     ) -> None:
         config = EngineConfig(
@@ -98,13 +103,12 @@ class LLM:
             rope_scaling=RopeScaling.parse(rope_scaling) if rope_scaling else None,
             num_threads=num_threads,
             speculation=speculation,
+            kv_format=kv_format,
+            kv_budget=kv_budget,
+            prefill_budget=prefill_budget,
             scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens),
         )
-        path = resolve(model, progress=progress)
-        spec, tokenizer, loaded, baseline_bytes = _load(path, config, progress)
-        self._engine: Engine | None = Engine(
-            spec, loaded, tokenizer, config, baseline_bytes=baseline_bytes
-        )
+        self._engine: Engine | None = open_engine(model, config, progress)
         self._ids = count()
         self._deltas: dict[str, deque[OutputDelta]] = {}
         """What requests have received and nobody has read."""
@@ -234,9 +238,11 @@ def paired(
 def gathered(prompt_token_ids: Sequence[int], deltas: Iterable[OutputDelta]) -> RequestOutput:
     """The whole answer from all of its deltas."""
     by_index: dict[int, list[OutputDelta]] = {}
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     for delta in deltas:
         by_index.setdefault(delta.index, []).append(delta)
         usage = delta.usage
+        prompt_logprobs += delta.prompt_logprobs
     outputs = []
     for index, parts in sorted(by_index.items()):
         last = parts[-1]
@@ -252,7 +258,16 @@ def gathered(prompt_token_ids: Sequence[int], deltas: Iterable[OutputDelta]) -> 
             )
         )
     assert usage is not None
-    return RequestOutput(tuple(prompt_token_ids), tuple(outputs), usage)
+    return RequestOutput(tuple(prompt_token_ids), tuple(outputs), usage, prompt_logprobs)
+
+
+def open_engine(model: str, config: EngineConfig, progress: Progress | None = None) -> Engine:
+    """An engine for a model, named as for ``LLM``, with all settings of ``config``. Raises
+    TaelError as ``LLM`` does."""
+    spec, tokenizer, backend, baseline_bytes = _load(
+        resolve(model, progress=progress), config, progress
+    )
+    return Engine(spec, backend, tokenizer, config, baseline_bytes=baseline_bytes)
 
 
 def _load(
@@ -261,18 +276,24 @@ def _load(
     """What an engine is made of, and the bytes that the process held without the weights."""
     if config.backend == "cpu":
         model = load_prepared(path, _repacking(path, progress) if progress else None)
-        spec = for_context(model.spec, config.rope_scaling, config.max_model_len)
+        spec = _configured(model.spec, config)
         release_freed_memory()
         baseline_bytes = rss_bytes()
         backend = CPUBackend(spec, model.weights, config.num_threads)
         return spec, model.tokenizer, backend, baseline_bytes
     if config.backend == "reference":
         checkpoint = open_checkpoint(path)
-        spec = for_context(read_spec(checkpoint), config.rope_scaling, config.max_model_len)
+        spec = _configured(read_spec(checkpoint), config)
         tokenizer = load_tokenizer(path, checkpoint)
         baseline_bytes = rss_bytes()
         return spec, tokenizer, ReferenceBackend(spec, checkpoint), baseline_bytes
     raise TaelError(f"there is no backend {config.backend!r}; choose cpu or reference.")
+
+
+def _configured(spec: ModelSpec, config: EngineConfig) -> ModelSpec:
+    """The model as it is to be run. Raises TaelError if it cannot go as far as is asked."""
+    spec = for_context(spec, config.rope_scaling, config.max_model_len)
+    return with_kv_format(spec, config.kv_format, config.reads_sparsely)
 
 
 def _repacking(path: Path, progress: Progress) -> Callable[[float], None]:

@@ -15,6 +15,7 @@ from tael.backends.base import Backend, ForwardBatch
 from tael.backends.cpu.backend import CPUBackend
 from tael.backends.reference import ReferenceBackend
 from tael.backends.reference.kv_cache import KVCache
+from tael.backends.reference.kv_format import bf16
 from tael.config import BLOCK_SIZE, SchedulerConfig
 from tael.loader.checkpoint import TensorInfo
 from tael.loader.tile_file import TileFile, TileTensor
@@ -40,7 +41,12 @@ _NAN_BYTE = 0xFF  # 0xffff is a NaN in bf16
 
 
 def random_spec(
-    heads_per_kv_head: int, num_kv_heads: int, head_dim: int, windows: list[int | None]
+    heads_per_kv_head: int,
+    num_kv_heads: int,
+    head_dim: int,
+    windows: list[int | None],
+    kv_format: str = "bf16",
+    key_summaries: bool = False,
 ) -> ModelSpec:
     """One layer per window. Scores are large enough that some positions dominate."""
     half = head_dim // 2
@@ -54,6 +60,8 @@ def random_spec(
                 rope=rope,
                 scale=2 * head_dim**-0.5,
                 window=window,
+                kv_format=kv_format,
+                key_summaries=key_summaries and window is None,
             ),
             Dense(96, "silu"),
         )
@@ -118,8 +126,12 @@ class RoundingReference(ReferenceBackend):
     """With the roundings of the kernels: keys, values, queries and weights in bf16, the weights
     relative to the largest score so far, over chunks of 128 positions."""
 
-    def bind_kv(self, pools: list[NDArray[np.uint8]]) -> None:
+    def bind_kv(self, pools: Any, open_pools: Any = ()) -> None:
         self.kv_cache = _RoundingKVCache(self.spec, [len(pool) for pool in pools])
+
+    @staticmethod
+    def scored(q: Any, scale: float) -> Any:
+        return bf16(np.float32(scale * np.log2(np.e)) * q)
 
     def attend(
         self,
@@ -134,7 +146,7 @@ class RoundingReference(ReferenceBackend):
         num_tokens, num_heads, _ = q.shape
         repeats = num_heads // k.shape[1]
         keys, values = (np.repeat(x, repeats, axis=1).transpose(1, 0, 2) for x in (k, v))
-        queries = _bf16(np.float32(scale * np.log2(np.e)) * q).transpose(1, 0, 2)  # [H, T, D]
+        queries = bf16(np.float32(scale * np.log2(np.e)) * q).transpose(1, 0, 2)  # [H, T, D]
         distance = query_positions[:, None] - key_positions
         visible = (distance >= 0) & (distance < (window or MAX_MODEL_LEN))
         maximum = np.full((num_heads, num_tokens, 1), -np.inf, np.float32)
@@ -148,7 +160,7 @@ class RoundingReference(ReferenceBackend):
             finite = np.where(np.isfinite(new), new, np.float32(0))
             weights = np.exp2(scores - finite)
             rescale = np.exp2(np.where(np.isfinite(maximum), maximum, finite - 200) - finite)
-            mixed = mixed * rescale + _bf16(weights) @ values[:, part]
+            mixed = mixed * rescale + bf16(weights) @ values[:, part]
             total = total * rescale + weights.sum(axis=-1, keepdims=True)
             maximum = new
         return (mixed / total).transpose(1, 0, 2).reshape(num_tokens, -1)
@@ -156,63 +168,87 @@ class RoundingReference(ReferenceBackend):
 
 class _RoundingKVCache(KVCache):
     def write(self, layer: int, table: Any, positions: Any, k: Any, v: Any) -> None:
-        super().write(layer, table, positions, _bf16(k), _bf16(v))
+        super().write(layer, table, positions, bf16(k), bf16(v))
 
-
-def _bf16(x: NDArray[np.float32]) -> NDArray[np.float32]:
-    bits = np.ascontiguousarray(x).view(np.uint32)
-    rounded: NDArray[np.uint32] = bits + 0x7FFF + (bits >> 16 & 1) & np.uint32(0xFFFF0000)
-    return rounded.view(np.float32)
+    def _read_back(self, layer: int, block: Any) -> Any:
+        return bf16(super()._read_back(layer, block))
 
 
 def compute(
-    spec: ModelSpec, backend: Backend, sequences: list[NDArray[np.int32]], steps: list[Step]
+    spec: ModelSpec,
+    backend: Backend,
+    sequences: list[NDArray[np.int32]],
+    steps: list[Step],
+    kv_budgets: NDArray[np.int32] | None = None,
 ) -> list[NDArray[np.float32]]:
     """The logits of every token of each sequence. Blocks are handed out at random, filled with
-    NaN, and taken back once behind the window or when the sequence ends."""
+    NaN, and taken back once behind the window or when the sequence ends. ``kv_budgets`` are by
+    position."""
     groups = cache_groups(spec, BLOCK_SIZE)
     num_blocks = sum(-(-len(tokens) // BLOCK_SIZE) for tokens in sequences)
-    pools = [np.full((num_blocks, group.block_bytes), _NAN_BYTE, np.uint8) for group in groups]
-    backend.bind_kv(pools)
-    rng = np.random.default_rng(0)
-    free = [rng.permutation(num_blocks).tolist() for _ in groups]
-    tables = np.full((len(groups), len(sequences), -(-MAX_MODEL_LEN // BLOCK_SIZE)), -1, np.int32)
+    width = -(-MAX_MODEL_LEN // BLOCK_SIZE)
+    blocks = [Blocks(num_blocks, g.block_bytes, len(sequences), width) for g in groups]
+    open_blocks = [Blocks(num_blocks, g.open_block_bytes, len(sequences), width) for g in groups]
+    backend.bind_kv([b.pool for b in blocks], [b.pool for b in open_blocks])
     done = [0] * len(sequences)
     outputs: list[list[NDArray[np.float32]]] = [[] for _ in sequences]
-
-    def release(g: int, s: int, end: int) -> None:
-        for block in tables[g, s, :end][tables[g, s, :end] >= 0]:
-            pools[g][block] = _NAN_BYTE
-            free[g].insert(0, int(block))
-        tables[g, s, :end] = -1
 
     for step in steps:
         spans = {s: np.arange(done[s], done[s] + n, dtype=np.int32) for s, n in step.items()}
         for g, group in enumerate(groups):
             for s, span in spans.items():
-                release(g, s, group.first_block(int(span[0]), BLOCK_SIZE))
+                blocks[g].release(s, group.first_block(int(span[0]), BLOCK_SIZE))
+                open_blocks[g].release(s, int(span[0]) // BLOCK_SIZE)
                 for b in np.unique(span // BLOCK_SIZE):
-                    if tables[g, s, b] < 0:
-                        tables[g, s, b] = free[g].pop()
+                    blocks[g].take(s, b)
+                    open_blocks[g].take(s, b)
         query_start = np.cumsum([0, *step.values()], dtype=np.int32)
+        firsts = {s: int(span[0]) // BLOCK_SIZE for s, span in spans.items()}
         logits = backend.forward(
             ForwardBatch(
                 token_ids=np.concatenate([sequences[s][span] for s, span in spans.items()]),
                 positions=np.concatenate(list(spans.values())),
                 query_start=query_start,
-                block_tables=tuple(table[list(step)] for table in tables),
+                block_tables=tuple(b.tables[list(step)] for b in blocks),
+                open_tables=tuple(
+                    np.stack([np.roll(b.tables[s], -first) for s, first in firsts.items()])
+                    for b in open_blocks
+                ),
                 logits_indices=np.arange(query_start[-1], dtype=np.int32),
                 temperatures=np.ones(query_start[-1], np.float32),
                 full_logits=np.ones(query_start[-1], np.bool_),
+                kv_budgets=None
+                if kv_budgets is None
+                else kv_budgets[np.concatenate(list(spans.values()))],
             )
         ).logits
         for i, (s, n) in enumerate(step.items()):
             outputs[s].append(logits[query_start[i] : query_start[i + 1]].copy())
             done[s] += n
             if done[s] == len(sequences[s]):
-                for g in range(len(groups)):
-                    release(g, s, tables.shape[-1])
+                for b in (*blocks, *open_blocks):
+                    b.release(s, width)
     return [np.concatenate(output) for output in outputs]
+
+
+class Blocks:
+    """A pool whose free blocks are full of NaN, and who has which."""
+
+    def __init__(self, num_blocks: int, block_bytes: int, num_seqs: int, width: int) -> None:
+        self.pool = np.full((num_blocks if block_bytes else 0, block_bytes), _NAN_BYTE, np.uint8)
+        self.tables = np.full((num_seqs, width), -1, np.int32)
+        self._free: list[int] = np.random.default_rng(0).permutation(len(self.pool)).tolist()
+
+    def take(self, seq: int, index: int) -> None:
+        if len(self.pool) and self.tables[seq, index] < 0:
+            self.tables[seq, index] = self._free.pop()
+
+    def release(self, seq: int, end: int) -> None:
+        """What ``seq`` has before ``end``."""
+        for block in self.tables[seq, :end][self.tables[seq, :end] >= 0].tolist():
+            self.pool[block] = _NAN_BYTE
+            self._free.insert(0, block)
+        self.tables[seq, :end] = -1
 
 
 def random_steps(seed: int, lengths: list[int]) -> list[Step]:

@@ -3,6 +3,7 @@
 
 #include "kernels/activation/activation.hpp"
 #include "kernels/attention/attention.hpp"
+#include "kernels/key_summary/key_summary.hpp"
 #include "kernels/logits/logits.hpp"
 #include "kernels/matmul/matmul.hpp"
 #include "kernels/quantize/quantize.hpp"
@@ -22,6 +23,7 @@ template <class S> void set_attention(Kernels& k) {
 template <class S> Kernels make_kernels() {
   Kernels k{};
   set_attention<S>(k);
+  k.score_blocks = score_blocks<S>;
   k.quantize = quantize<S>;
   k.rms_norm = rms_norm<S>;
   k.add = add<S>;

@@ -65,42 +65,79 @@ struct QuantizedRows {
 };
 
 constexpr int kBlockTokens = 32;
+constexpr int kMaxHeadDim = 512;
 
-// KV of one layer in one block: per KV head first K, then V, each kBlockTokens * head_dim bf16.
+// KV of one layer in one block that is being filled, or of format BF16: per KV head first K, then V,
+// each kBlockTokens * head_dim bf16.
 //
 //     K  [kBlockTokens / 16][head_dim / 2][16 tokens][2]    a vector is 16 tokens x 2 channels
 //     V  [kBlockTokens / 2][head_dim][2]                    a vector is 16 channels x 2 tokens
 //
 // Both are operands of a 2-way bf16 dot product (vdpbf16ps): scores of 16 tokens, or 16 channels
 // of the output, without a horizontal sum.
-struct KVLayout {
-  uint8_t* pool;         // first block of the pool
+//
+// A complete block may be compressed. Its values keep their order; scales and minimums are bf16.
+//
+//     Q8     K int8, scales [head_dim]; V int8, scales [kBlockTokens]
+//     K8V4   K as in Q8; V [pair of tokens][head_dim / 16][16 bytes], of which byte i holds values i
+//            (low nibble) and 16 + i of 32 that follow one another, value = scale * nibble + minimum;
+//            scales [kBlockTokens], minimums [kBlockTokens]
+//
+// Keys have a scale per channel, since a few channels of the keys are much larger than the others
+// (KIVI, arXiv:2402.02750); values have one per token.
+enum class KVFormat : int { BF16, Q8, K8V4 };
+constexpr int kNumKVFormats = 3;
+inline constexpr const char* kKVFormatNames[kNumKVFormats] = {"bf16", "q8", "k8v4"};
+
+// Places in the bf16 layout, from the start of K and of V.
+constexpr int64_t key_place(int head_dim, int token, int channel) {
+  return int64_t(token / 16) * head_dim * 16 + channel / 2 * 32 + token % 16 * 2 + channel % 2;
+}
+constexpr int64_t value_place(int head_dim, int token, int channel) {
+  return int64_t(token / 2) * head_dim * 2 + channel * 2 + token % 2;
+}
+
+constexpr int64_t bf16_head_bytes(int head_dim) { return 4 * int64_t(kBlockTokens) * head_dim; }
+constexpr int64_t q8_key_bytes(int head_dim) { return (kBlockTokens + 2) * int64_t(head_dim); }
+
+// Bytes of one KV head in a complete block.
+constexpr int64_t kv_head_bytes(KVFormat format, int head_dim) {
+  if (format == KVFormat::BF16) return bf16_head_bytes(head_dim);
+  if (format == KVFormat::Q8) return q8_key_bytes(head_dim) + kBlockTokens * (int64_t(head_dim) + 2);
+  return q8_key_bytes(head_dim) + kBlockTokens * (int64_t(head_dim) / 2 + 4);
+}
+
+// One layer's part of the blocks of a pool.
+struct KVPool {
+  uint8_t* data;         // first block
   int64_t block_bytes;   // between blocks
   int64_t layer_offset;  // of this layer in a block
-  int num_kv_heads;
-  int head_dim;          // a multiple of 16
+  int64_t head_bytes;
 
-  int64_t head_elements() const { return int64_t(kBlockTokens) * head_dim; }
-  uint16_t* keys(int32_t block, int head) const {
-    return (uint16_t*)(pool + block * block_bytes + layer_offset) + head * 2 * head_elements();
+  uint8_t* head(int32_t block, int kv_head) const {
+    return data + block * block_bytes + layer_offset + kv_head * head_bytes;
   }
-  uint16_t* values(int32_t block, int head) const { return keys(block, head) + head_elements(); }
 };
 
-// Queries of one sequence and one KV head: all query heads of the group for consecutive tokens.
-// Row r is token r / num_heads, head r % num_heads.
+// Queries of one sequence and one KV head: all query heads of the group for consecutive tokens of
+// one block. Row r is token r / num_heads, head r % num_heads. They see the blocks before theirs in
+// their format, and their own in bf16.
 struct AttentionTask {
-  const KVLayout* kv;
+  const KVPool* complete;
+  KVFormat format;              // of the complete blocks
   const int32_t* block_table;
+  const uint16_t* open;         // K, then V, of the block that the tokens are in
+  uint16_t* unpacked;           // room for a chunk of blocks in bf16, unless that is their format
   int kv_head;
-  int num_heads;       // query heads that share the KV head
+  int num_heads;                // query heads that share the KV head
+  int head_dim;                 // a multiple of 16
   int num_tokens;
-  int first_position;  // of the first token
-  int window;          // positions a query sees, itself included; INT32_MAX for all
-  const uint16_t* q;   // bf16 [num_rows, head_dim], scaled to give scores in units of log 2
+  int first_position;           // of the first token
+  int window;                   // positions a query sees, itself included; INT32_MAX for all
+  const uint16_t* q;            // bf16 [num_rows, head_dim], scaled to give scores in units of log 2
 
   int num_rows() const { return num_tokens * num_heads; }
-  const uint16_t* query(int row) const { return q + int64_t(row) * kv->head_dim; }
+  const uint16_t* query(int row) const { return q + int64_t(row) * head_dim; }
   int position(int row) const { return first_position + row / num_heads; }
 };
 
@@ -108,6 +145,10 @@ struct AttentionTask {
 // partitions are then merged in ascending order. So it rounds alike whether one thread walks all
 // of them or several share them.
 constexpr int kPartitionTokens = 512;
+
+// And within a partition over chunks of four blocks.
+constexpr int kChunkBlocks = 4;
+constexpr int kChunkTokens = kChunkBlocks * kBlockTokens;
 
 // Running softmax of one row: maximum, sum of exponentials, weighted sum of values [head_dim].
 constexpr int64_t attention_state_floats(int head_dim) { return head_dim + 16; }
@@ -142,6 +183,9 @@ struct Kernels {
   void (*attention_partition)(const AttentionTask& task, int partition, float* states);
   // total = total merged with next.
   void (*attention_merge)(float* total, const float* next, int num_rows, int head_dim);
+  // For each of num_blocks entries of the task's block table, a bound of its queries' scores.
+  void (*score_blocks)(const AttentionTask& task, const uint8_t* summaries, int64_t block_bytes, int num_blocks,
+                       float* scores);
   // out[head_dim] = values / sum, of one row.
   void (*attention_finish)(const float* state, int head_dim, float* out);
   // Of logits, in vectors of 16: the largest; the sum of exp(factor * (x - maximum)), maximum finite;

@@ -3,10 +3,12 @@
 #include <algorithm>
 #include <cstring>
 
+#include "kernels/kv_block/pack.hpp"
+
 namespace tael {
 
 AttentionWorkspace::AttentionWorkspace(const Limits& limits, int num_threads,
-                                       const std::vector<AttentionPlan>& plans) {
+                                       const std::vector<AttentionPlan>& plans, bool unpacks, bool selects) {
   int64_t q_columns = 0, kv_columns = 0, shared = 0, states = 0, piece_q = 0;
   int head_dim = 0;
   for (const AttentionPlan& plan : plans) {
@@ -23,43 +25,83 @@ AttentionWorkspace::AttentionWorkspace(const Limits& limits, int num_threads,
   k = Rows(limits.max_tokens, kv_columns);
   v = Rows(limits.max_tokens, kv_columns);
   shared_states = Buffer<float>(shared);
+  const int64_t unpacked = unpacks ? kChunkBlocks * bf16_head_bytes(head_dim) / 2 : 0;
+  const int64_t blocks = selects ? limits.max_model_len / kBlockTokens : 0;
   for (int t = 0; t < num_threads; ++t)
-    scratch.push_back({Buffer<float>(2 * states), Buffer<float>(head_dim), Buffer<uint16_t>(piece_q), states});
+    scratch.push_back({Buffer<float>(2 * states), Buffer<float>(head_dim), Buffer<uint16_t>(piece_q),
+                       Buffer<uint16_t>(unpacked), BlockSelection(blocks), states});
 }
 
 int64_t AttentionWorkspace::bytes() const {
   int64_t bytes = q.bytes() + k.bytes() + v.bytes() + out.bytes() + shared_states.bytes();
-  for (const Scratch& s : scratch) bytes += s.states.bytes() + s.head.bytes() + s.q.bytes();
+  for (const Scratch& s : scratch)
+    bytes += s.states.bytes() + s.head.bytes() + s.q.bytes() + s.unpacked.bytes() + s.selection.bytes();
   return bytes;
 }
 
 void AttentionLayer::attend(const Step& step, const LinearInput& x, const RopeTable& rope, AttentionPlan& plan,
-                            const AttentionWorkspace& ws) const {
+                            AttentionWorkspace& ws) const {
   linear(step.pool, step.thread, step.kernels, x,
          {{&weights_.q, ws.q.row(0), ws.q.columns()},
           {&weights_.k, ws.k.row(0), ws.k.columns()},
           {&weights_.v, ws.v.row(0), ws.v.columns()}});
   // In a decode step a piece appends the keys and values that it is the first to read.
-  if (!step.batch.is_decode())
-    step.pool.parallel_for(step.thread, step.batch.num_tokens, [&](int64_t token) {
-      for (int h = 0; h < config_.shape.num_kv_heads; ++h) append(step, rope, ws, token, h);
+  if (!step.batch.is_decode()) {
+    const int num_kv_heads = config_.shape.num_kv_heads;
+    step.pool.parallel_for(step.thread, int64_t(plan.spans().size()) * num_kv_heads, [&](int64_t item) {
+      const BlockSpan& span = plan.spans()[item / num_kv_heads];
+      for (int64_t token = span.first_token; token < span.first_token + span.num_tokens; ++token)
+        append(step, rope, ws, token, int(item % num_kv_heads));
     });
+  }
   step.pool.parallel_for(step.thread, int64_t(plan.pieces().size()),
                          [&](int64_t i) { run_piece(step, rope, plan, ws, plan.pieces()[i]); });
 }
 
+namespace {
+
+// All partitions of a task, into the first of the thread's states.
+void attend_whole(const Kernels& kernels, const AttentionTask& task, int first_partition, int last_partition,
+                  const AttentionWorkspace::Scratch& scratch) {
+  float *total = scratch.states.data(), *next = total + scratch.state_floats;
+  kernels.attention_partition(task, first_partition, total);
+  for (int p = first_partition + 1; p < last_partition; ++p) {
+    kernels.attention_partition(task, p, next);
+    kernels.attention_merge(total, next, task.num_rows(), task.head_dim);
+  }
+}
+
+}  // namespace
+
+// The task of a token over `budget` blocks: as if the sequence had no others.
+AttentionTask AttentionLayer::select(const Step& step, const AttentionTask& task, int budget,
+                                     BlockSelection& selection) const {
+  const int num_blocks = task.first_position / kBlockTokens;
+  step.kernels.score_blocks(task, summary(0, task.kv_head), complete_.block_bytes, num_blocks, selection.scores.data());
+  AttentionTask chosen = task;
+  const int num_chosen = select_blocks(selection, task.block_table, num_blocks, budget);
+  chosen.block_table = selection.chosen.data();
+  chosen.first_position = num_chosen * kBlockTokens + task.first_position % kBlockTokens;
+  return chosen;
+}
+
 void AttentionLayer::run_piece(const Step& step, const RopeTable& rope, AttentionPlan& plan,
-                               const AttentionWorkspace& ws, const AttentionPiece& piece) const {
+                               AttentionWorkspace& ws, const AttentionPiece& piece) const {
   const Kernels& kernels = step.kernels;
-  const AttentionWorkspace::Scratch& scratch = ws.scratch[step.thread];
+  AttentionWorkspace::Scratch& scratch = ws.scratch[step.thread];
   const AttentionShape& shape = config_.shape;
+  const int32_t first_position = step.batch.positions[piece.first_token];
   const AttentionTask task = {
-      .kv = &kv_,
+      .complete = &complete_,
+      .format = config_.kv_format,
       .block_table = step.batch.block_tables[config_.cache_group].row(piece.seq),
+      .open = open_keys(step.batch, piece.seq, first_position / kBlockTokens, piece.kv_head),
+      .unpacked = scratch.unpacked.data(),
       .kv_head = piece.kv_head,
       .num_heads = shape.heads_per_kv_head(),
+      .head_dim = shape.head_dim,
       .num_tokens = piece.num_tokens,
-      .first_position = step.batch.positions[piece.first_token],
+      .first_position = first_position,
       .window = shape.window,
       .q = scratch.q.data(),
   };
@@ -67,17 +109,18 @@ void AttentionLayer::run_piece(const Step& step, const RopeTable& rope, Attentio
     append(step, rope, ws, piece.first_token, piece.kv_head);
   prepare_queries(step, rope, ws, piece);
 
-  const int64_t floats = task.num_rows() * attention_state_floats(shape.head_dim);
-  if (piece.merge < 0) {
-    float *total = scratch.states.data(), *next = total + scratch.state_floats;
-    kernels.attention_partition(task, piece.first_partition, total);
-    for (int p = piece.first_partition + 1; p < piece.last_partition; ++p) {
-      kernels.attention_partition(task, p, next);
-      kernels.attention_merge(total, next, task.num_rows(), shape.head_dim);
-    }
-    finish(piece, task, step, ws, total);
+  if (piece.budget > 0) {
+    const AttentionTask chosen = select(step, task, piece.budget, scratch.selection);
+    attend_whole(kernels, chosen, 0, chosen.first_position / kPartitionTokens + 1, scratch);
+    finish(piece, chosen, step, ws, scratch.states.data());
     return;
   }
+  if (piece.merge < 0) {
+    attend_whole(kernels, task, piece.first_partition, piece.last_partition, scratch);
+    finish(piece, task, step, ws, scratch.states.data());
+    return;
+  }
+  const int64_t floats = task.num_rows() * attention_state_floats(shape.head_dim);
   AttentionMerge& merge = plan.merge(piece.merge);
   float* total = ws.shared_states.data() + merge.states;
   kernels.attention_partition(task, piece.first_partition, total + (piece.first_partition - merge.first_partition) * floats);
@@ -118,6 +161,22 @@ void AttentionLayer::prepare_queries(const Step& step, const RopeTable& rope, co
     }
 }
 
+// K of one head, and V after it, of a block whose tokens are being computed.
+uint16_t* AttentionLayer::open_keys(const Batch& batch, int32_t seq, int32_t block, int kv_head) const {
+  if (!open_.data) return (uint16_t*)complete_.head(batch.block_tables[config_.cache_group].row(seq)[block], kv_head);
+  const int32_t first = batch.positions[batch.query_start[seq]] / kBlockTokens;
+  return (uint16_t*)open_.head(batch.open_tables[config_.cache_group].row(seq)[block - first], kv_head);
+}
+
+// Stores one head of a block that has got its last token as later blocks will see it.
+void AttentionLayer::complete_block(const Step& step, int32_t seq, int32_t block, int kv_head) const {
+  const int32_t own = step.batch.block_tables[config_.cache_group].row(seq)[block];
+  const uint16_t* open = open_keys(step.batch, seq, block, kv_head);
+  const int head_dim = config_.shape.head_dim;
+  if (config_.key_summaries) summarize_keys(open, head_dim, (uint16_t*)summary(own, kv_head));
+  if (open_.data) pack_head(config_.kv_format, open, head_dim, complete_.head(own, kv_head));
+}
+
 // Stores the key and the value of one token and KV head.
 void AttentionLayer::append(const Step& step, const RopeTable& rope, const AttentionWorkspace& ws, int64_t token,
                             int kv_head) const {
@@ -126,7 +185,7 @@ void AttentionLayer::append(const Step& step, const RopeTable& rope, const Atten
   const AttentionWorkspace::Scratch& scratch = ws.scratch[step.thread];
   const int head_dim = config_.shape.head_dim;
   const int32_t seq = batch.token_seq[token], position = batch.positions[token];
-  const int32_t block = batch.block_tables[config_.cache_group].row(seq)[position / kBlockTokens];
+  uint16_t* const open = open_keys(batch, seq, position / kBlockTokens, kv_head);
   const int slot = position % kBlockTokens;
   float* head = scratch.head.data();
   uint16_t* rounded = scratch.q.data();
@@ -136,17 +195,18 @@ void AttentionLayer::append(const Step& step, const RopeTable& rope, const Atten
   if (weights_.k_norm) kernels.rms_norm(head, weights_.k_norm.data(), head_dim, config_.norm_eps, head);
   kernels.rope(head, rope.cos_of(token), rope.sin_of(token), rope.num_pairs());
   kernels.to_bf16(head, 1.0f, head_dim, rounded);
-  uint16_t* keys = kv_.keys(block, kv_head) + int64_t(slot / 16) * head_dim * 16 + slot % 16 * 2;
+  uint16_t* keys = open + int64_t(slot / 16) * head_dim * 16 + slot % 16 * 2;
   for (int d = 0; d < head_dim; d += 2) memcpy(keys + d * 16, rounded + d, 4);
 
   memcpy(head, ws.v.row(token) + kv_head * head_dim, head_dim * sizeof(float));
   if (weights_.v_bias) kernels.add(head, weights_.v_bias.data() + kv_head * head_dim, head_dim);
   kernels.to_bf16(head, 1.0f, head_dim, rounded);
-  uint16_t* values = kv_.values(block, kv_head) + int64_t(slot / 2) * head_dim * 2 + slot % 2;
+  uint16_t* values = open + int64_t(kBlockTokens) * head_dim + int64_t(slot / 2) * head_dim * 2 + slot % 2;
   for (int d = 0; d < head_dim; ++d) values[d * 2] = rounded[d];
   // Values are read in pairs: where no token follows yet, a block's earlier owner may have left NaN.
   if (slot % 2 == 0 && token + 1 == batch.query_start[seq + 1])
     for (int d = 0; d < head_dim; ++d) values[d * 2 + 1] = 0;
+  if (slot == kBlockTokens - 1) complete_block(step, seq, position / kBlockTokens, kv_head);
 }
 
 }  // namespace tael

@@ -1,7 +1,9 @@
 // The attention mixer: projections, QK-norm, rotary embedding, KV append, attention.
 #pragma once
 
+#include "kernels/key_summary/key_summary.hpp"
 #include "model/attention_plan.hpp"
+#include "model/block_selection.hpp"
 
 namespace tael {
 
@@ -12,7 +14,10 @@ struct AttentionConfig {
   int rope;              // index of the rotary table
   int plan;              // index of the plan of this shape
   int cache_group;
+  KVFormat kv_format;    // of complete blocks
+  bool key_summaries;    // complete blocks have them, behind the KV of all heads
   int64_t layer_offset;  // bytes, of this layer in a block of the group
+  int64_t open_layer_offset;  // and in a block that is being filled, if those have a pool of their own
 };
 
 struct AttentionWeights {
@@ -22,7 +27,9 @@ struct AttentionWeights {
 
 // Buffers that the attention layers use in turn.
 struct AttentionWorkspace {
-  AttentionWorkspace(const Limits& limits, int num_threads, const std::vector<AttentionPlan>& plans);
+  // `unpacks`: blocks of some layer are compressed; `selects`: and have summaries.
+  AttentionWorkspace(const Limits& limits, int num_threads, const std::vector<AttentionPlan>& plans, bool unpacks,
+                     bool selects);
   int64_t bytes() const;
 
   // What a thread needs for one piece.
@@ -30,6 +37,8 @@ struct AttentionWorkspace {
     Buffer<float> states;     // two sets
     Buffer<float> head;       // of a query, a key or a value
     Buffer<uint16_t> q;
+    Buffer<uint16_t> unpacked;  // a chunk of KV blocks
+    BlockSelection selection;
     int64_t state_floats;     // of one set
   };
   Rows q, k, v, out;
@@ -44,26 +53,35 @@ class AttentionLayer {
 
   const AttentionConfig& config() const { return config_; }
   const AttentionWeights& weights() const { return weights_; }
-  void bind_kv(uint8_t* pool, int64_t block_bytes) {
-    kv_ = {pool, block_bytes, config_.layer_offset, config_.shape.num_kv_heads, config_.shape.head_dim};
+  // `open` is the pool of blocks that are being filled; without one (data null), these are blocks
+  // of `complete` too.
+  void bind_kv(const KVPool& complete, const KVPool& open) {
+    complete_ = complete;
+    open_ = open;
   }
 
   // ws.out = attention(x), before the output projection. Called by every thread.
   void attend(const Step& step, const LinearInput& x, const RopeTable& rope, AttentionPlan& plan,
-              const AttentionWorkspace& ws) const;
+              AttentionWorkspace& ws) const;
 
  private:
-  void run_piece(const Step& step, const RopeTable& rope, AttentionPlan& plan, const AttentionWorkspace& ws,
+  void run_piece(const Step& step, const RopeTable& rope, AttentionPlan& plan, AttentionWorkspace& ws,
                  const AttentionPiece& piece) const;
   void finish(const AttentionPiece& piece, const AttentionTask& task, const Step& step, const AttentionWorkspace& ws,
               const float* states) const;
   void prepare_queries(const Step& step, const RopeTable& rope, const AttentionWorkspace& ws,
                        const AttentionPiece& piece) const;
   void append(const Step& step, const RopeTable& rope, const AttentionWorkspace& ws, int64_t token, int kv_head) const;
+  AttentionTask select(const Step& step, const AttentionTask& task, int budget, BlockSelection& selection) const;
+  uint8_t* summary(int32_t block, int kv_head) const {
+    return complete_.head(block, config_.shape.num_kv_heads) + kv_head * summary_bytes(config_.shape.head_dim);
+  }
+  void complete_block(const Step& step, int32_t seq, int32_t block, int kv_head) const;
+  uint16_t* open_keys(const Batch& batch, int32_t seq, int32_t block, int kv_head) const;
 
   AttentionConfig config_;
   AttentionWeights weights_;
-  KVLayout kv_{};
+  KVPool complete_{}, open_{};
 };
 
 }  // namespace tael

@@ -5,9 +5,9 @@
 namespace tael {
 namespace {
 
-// Rows of one piece: enough that a block of K and V is read once for many queries, few enough
-// that their states stay in the L2 cache.
-constexpr int kRows = 64;
+// Rows of one piece, if its tokens do not end before: enough that a block of K and V is read once
+// for many queries, few enough that their states stay in the L2 cache.
+constexpr int kRows = 128;
 
 }  // namespace
 
@@ -17,45 +17,72 @@ AttentionPlan::AttentionPlan(const AttentionShape& shape, const Limits& limits, 
   // Two sequences at full length, or more shorter ones; sequences beyond that are not cut.
   max_shared_ = 2 * partitions * shape.num_heads * attention_state_floats(shape.head_dim);
   const int64_t whole = shape.num_kv_heads * (limits.max_tokens + limits.max_seqs);
+  spans_.reserve(limits.max_tokens);
   pieces_.reserve(whole + 2 * partitions * shape.num_kv_heads);
   merges_ = std::vector<AttentionMerge>(4 * num_threads);
 }
 
 int64_t AttentionPlan::max_piece_rows() const { return std::max(kRows, shape_.heads_per_kv_head()); }
 
-int AttentionPlan::tokens_per_piece() const { return std::max(1, kRows / shape_.heads_per_kv_head()); }
+int64_t AttentionPlan::bytes() const {
+  return int64_t(spans_.capacity() * sizeof(BlockSpan) + pieces_.capacity() * sizeof(AttentionPiece) +
+                 merges_.size() * sizeof(AttentionMerge));
+}
+
+// A block is cut into equal pieces.
+int AttentionPlan::tokens_per_piece() const {
+  int tokens = kBlockTokens;
+  while (tokens > 1 && tokens * shape_.heads_per_kv_head() > kRows) tokens /= 2;
+  return tokens;
+}
+
+// Blocks that the queries of a token read; 0 where that is all of them.
+int32_t AttentionPlan::budget(const Batch& batch, int32_t token) const {
+  if (!batch.kv_budgets || shape_.window != INT32_MAX) return 0;
+  return batch.positions[token] / kBlockTokens < batch.kv_budgets[token] ? 0 : batch.kv_budgets[token];
+}
 
 void AttentionPlan::prepare(const Batch& batch) {
+  spans_.clear();
+  for (int32_t s = 0; s < batch.num_seqs; ++s)
+    for (int32_t token = batch.query_start[s]; token < batch.query_start[s + 1];) {
+      const int32_t position = batch.positions[token];
+      const int32_t count = std::min(kBlockTokens - position % kBlockTokens, batch.query_start[s + 1] - token);
+      spans_.push_back({s, token, count, position / kBlockTokens});
+      token += count;
+    }
   const int step = tokens_per_piece();
   int64_t num_whole = 0;
-  for (int64_t s = 0; s < batch.num_seqs; ++s)
-    num_whole += (batch.query_start[s + 1] - batch.query_start[s] + step - 1) / step;
+  for (const BlockSpan& span : spans_) num_whole += (span.num_tokens + step - 1) / step;
   const bool few = num_whole * shape_.num_kv_heads < 4 * num_threads_;
 
   pieces_.clear();
   int64_t shared = 0;
   int32_t num_merges = 0;
-  for (int32_t s = 0; s < batch.num_seqs; ++s) {
-    const int32_t end = batch.query_start[s + 1];
-    for (int32_t token = batch.query_start[s]; token < end; token += step) {
-      const int32_t count = std::min(step, end - token);
+  for (const BlockSpan& span : spans_) {
+    const int32_t end = span.first_token + span.num_tokens;
+    for (int32_t token = span.first_token, count; token < end; token += count) {
+      const int32_t budget = this->budget(batch, token);
+      count = 1;
+      while (budget == 0 && count < step && token + count < end && this->budget(batch, token + count) == 0) ++count;
       const int64_t oldest = int64_t(batch.positions[token]) - shape_.window + 1;
       const int32_t first = int32_t(std::max<int64_t>(0, oldest) / kPartitionTokens);
       const int32_t last = batch.positions[token + count - 1] / kPartitionTokens + 1;
       const int64_t floats =
           int64_t(count) * shape_.heads_per_kv_head() * attention_state_floats(shape_.head_dim);
       for (int32_t head = 0; head < shape_.num_kv_heads; ++head) {
-        const bool cut = few && num_threads_ > 1 && last - first > 1 &&
+        const bool cut = few && num_threads_ > 1 && last - first > 1 && budget == 0 &&
                          shared + (last - first) * floats <= max_shared_;
         if (!cut) {
-          pieces_.push_back({s, head, token, count, first, last, -1});
+          pieces_.push_back({span.seq, head, token, count, first, last, -1, budget});
           continue;
         }
         AttentionMerge& merge = merges_[num_merges];  // there are fewer than 4 per thread
         merge.states = shared;
         merge.first_partition = first;
         merge.num_partitions = last - first;
-        for (int32_t p = first; p < last; ++p) pieces_.push_back({s, head, token, count, p, p + 1, num_merges});
+        for (int32_t p = first; p < last; ++p)
+          pieces_.push_back({span.seq, head, token, count, p, p + 1, num_merges, 0});
         shared += (last - first) * floats;
         ++num_merges;
       }

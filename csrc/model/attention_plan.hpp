@@ -15,7 +15,15 @@ struct AttentionShape {
   bool operator==(const AttentionShape&) const = default;
 };
 
-// One KV head of one sequence for a few tokens. Long contexts of few queries are cut into
+// Consecutive tokens of one sequence that lie in one block.
+struct BlockSpan {
+  int32_t seq;
+  int32_t first_token;  // in the batch
+  int32_t num_tokens;
+  int32_t block;        // of the sequence: position / kBlockTokens
+};
+
+// One KV head of one sequence for a few tokens of one block. Long contexts of few queries are cut into
 // partitions, so that every thread has work; whoever finishes the last of them merges them in
 // order. The cut does not change the result (see kPartitionTokens).
 struct AttentionPiece {
@@ -26,6 +34,7 @@ struct AttentionPiece {
   int32_t first_partition;
   int32_t last_partition;  // exclusive
   int32_t merge;           // index; -1: not cut
+  int32_t budget;          // blocks that its only token reads; 0: all
 };
 
 struct AttentionMerge {
@@ -42,19 +51,22 @@ class AttentionPlan {
   void prepare(const Batch& batch);
 
   const AttentionShape& shape() const { return shape_; }
+  const std::vector<BlockSpan>& spans() const { return spans_; }
   const std::vector<AttentionPiece>& pieces() const { return pieces_; }
   AttentionMerge& merge(int32_t index) { return merges_[index]; }
 
   int64_t max_piece_rows() const;
   int64_t shared_floats() const { return max_shared_; }
-  int64_t bytes() const { return int64_t(pieces_.capacity() * sizeof(AttentionPiece) + merges_.size() * sizeof(AttentionMerge)); }
+  int64_t bytes() const;
 
  private:
   int tokens_per_piece() const;
+  int32_t budget(const Batch& batch, int32_t token) const;
 
   AttentionShape shape_;
   int num_threads_;
   int64_t max_shared_;
+  std::vector<BlockSpan> spans_;
   std::vector<AttentionPiece> pieces_;
   std::vector<AttentionMerge> merges_;
 };

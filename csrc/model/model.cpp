@@ -27,7 +27,12 @@ void Model::add_layer(AttentionConfig attention, AttentionWeights weights, Dense
   const auto known = std::find(shapes_.begin(), shapes_.end(), attention.shape);
   attention.plan = int(known - shapes_.begin());
   if (known == shapes_.end()) shapes_.push_back(attention.shape);
-  if (attention.cache_group >= num_cache_groups()) pool_blocks_.resize(attention.cache_group + 1);
+  if (attention.cache_group >= num_cache_groups()) {
+    pools_.resize(attention.cache_group + 1);
+    open_pools_.resize(attention.cache_group + 1);
+  }
+  unpacks_ |= attention.kv_format != KVFormat::BF16;
+  selects_ |= attention.key_summaries;
   layers_.push_back({AttentionLayer(attention, std::move(weights)), std::move(ffn), std::move(norms)});
 }
 
@@ -45,7 +50,7 @@ int64_t Model::Stream::bytes() const {
 
 Model::Workspace::Workspace(const Limits& limits, int num_threads, const Model& model)
     : update(limits.max_tokens, model.config_.hidden_size),
-      attention(limits, num_threads, model.plans_),
+      attention(limits, num_threads, model.plans_, model.unpacks_, model.selects_),
       dense(model.dense_workspace(limits)),
       shared(limits.max_tokens, model),
       token_seq(limits.max_tokens) {
@@ -83,10 +88,24 @@ int64_t Model::workspace_bytes() const {
   return bytes;
 }
 
-void Model::bind_kv(int cache_group, uint8_t* pool, int64_t num_blocks, int64_t block_bytes) {
-  pool_blocks_.at(cache_group) = num_blocks;
-  for (Layer& layer : layers_)
-    if (layer.attention.config().cache_group == cache_group) layer.attention.bind_kv(pool, block_bytes);
+void Model::bind_kv(int cache_group, const BlockPool& blocks, const BlockPool& open) {
+  for (Layer& layer : layers_) {
+    const AttentionConfig& config = layer.attention.config();
+    if (config.cache_group != cache_group) continue;
+    const auto part = [&](const BlockPool& pool, int64_t offset, KVFormat format, bool summaries) -> KVPool {
+      const int64_t head_bytes = kv_head_bytes(format, config.shape.head_dim);
+      const int64_t all_bytes = head_bytes + (summaries ? summary_bytes(config.shape.head_dim) : 0);
+      if (pool.num_blocks > 0 && offset + config.shape.num_kv_heads * all_bytes > pool.block_bytes)
+        throw std::invalid_argument("KV blocks are too small");
+      return {pool.num_blocks > 0 ? pool.data : nullptr, pool.block_bytes, offset, head_bytes};
+    };
+    if (config.kv_format != KVFormat::BF16 && open.num_blocks == 0)
+      throw std::invalid_argument("blocks that are being filled need a pool");
+    layer.attention.bind_kv(part(blocks, config.layer_offset, config.kv_format, config.key_summaries),
+                            part(open, config.open_layer_offset, KVFormat::BF16, false));
+  }
+  pools_.at(cache_group) = blocks;
+  open_pools_.at(cache_group) = open;
 }
 
 void Model::check(const Batch& batch) const {
@@ -104,6 +123,8 @@ void Model::check(const Batch& batch) const {
     require(batch.logits_indices[i] >= 0 && batch.logits_indices[i] < batch.num_tokens, "logits index");
     require(batch.temperatures[i] > 0.0f, "temperature is not above 0");
   }
+  for (int64_t t = 0; batch.kv_budgets && t < batch.num_tokens; ++t)
+    require(batch.kv_budgets[t] == 0 || (selects_ && batch.kv_budgets[t] >= kMinBudgetBlocks), "KV budget too small");
   for (int64_t t = 0; t < batch.num_tokens; ++t)
     require(batch.token_ids[t] >= 0 && batch.token_ids[t] < config_.vocab_size, "token id beyond vocabulary");
   for (int64_t s = 0; s < batch.num_seqs; ++s) {
@@ -114,8 +135,17 @@ void Model::check(const Batch& batch) const {
     require(position >= 0 && end <= limits_.max_model_len, "position beyond max_model_len");
     for (int32_t t = first; t < last; ++t)
       require(batch.positions[t] == position + t - first, "positions are not consecutive");
-    for (size_t group = 0; group < batch.block_tables.size(); ++group)
+    for (size_t group = 0; group < batch.block_tables.size(); ++group) {
       require((end - 1) / kBlockTokens < batch.block_tables[group].stride, "block table too short");
+      if (open_pools_[group].num_blocks == 0) continue;
+      require(group < batch.open_tables.size(), "no table of open blocks");
+      const int64_t num_open = (end - 1) / kBlockTokens - position / kBlockTokens + 1;
+      require(num_open <= batch.open_tables[group].stride, "table of open blocks too short");
+      for (int64_t b = 0; b < num_open; ++b) {
+        const int32_t block = batch.open_tables[group].row(s)[b];
+        require(block >= 0 && block < open_pools_[group].num_blocks, "open block outside the pool");
+      }
+    }
     for (const AttentionShape& shape : shapes_) {
       for (const Layer& layer : layers_) {
         const AttentionConfig& config = layer.attention.config();
@@ -123,7 +153,7 @@ void Model::check(const Batch& batch) const {
         const int32_t* table = batch.block_tables[config.cache_group].row(s);
         const int64_t oldest = std::max<int64_t>(0, int64_t(position) - shape.window + 1);
         for (int64_t b = oldest / kBlockTokens; b <= (end - 1) / kBlockTokens; ++b)
-          require(table[b] >= 0 && table[b] < pool_blocks_[config.cache_group], "block outside the pool");
+          require(table[b] >= 0 && table[b] < pools_[config.cache_group].num_blocks, "block outside the pool");
         break;  // layers of one shape share a table
       }
     }

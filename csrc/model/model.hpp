@@ -17,6 +17,13 @@ struct ModelConfig {
   float embedding_scale;
 };
 
+// The blocks of one cache group.
+struct BlockPool {
+  uint8_t* data = nullptr;
+  int64_t num_blocks = 0;
+  int64_t block_bytes = 0;
+};
+
 struct LayerNorms {
   Vector mixer, mixer_post, ffn, ffn_post;
 };
@@ -30,7 +37,9 @@ class Model {
   void set_ends(const Matrix& embedding, const Matrix& lm_head, Vector norm);
   void add_layer(AttentionConfig attention, AttentionWeights weights, DenseLayer ffn, LayerNorms norms);
   void allocate(const Limits& limits);
-  void bind_kv(int cache_group, uint8_t* pool, int64_t num_blocks, int64_t block_bytes);
+  // `open` has no blocks (num_blocks 0) where those that are being filled lie in the first pool.
+  // Throws std::invalid_argument for blocks too small for the layers.
+  void bind_kv(int cache_group, const BlockPool& blocks, const BlockPool& open);
 
   // What is known of the logits of batch.logits_indices, valid until the next call.
   // Throws std::out_of_range for a batch beyond the limits, the vocabulary or the block pools.
@@ -39,7 +48,7 @@ class Model {
 
   const LMHead& lm_head() const { return lm_head_; }
   const ModelConfig& config() const { return config_; }
-  int num_cache_groups() const { return int(pool_blocks_.size()); }
+  int num_cache_groups() const { return int(pools_.size()); }
   int64_t workspace_bytes() const;
 
  private:
@@ -87,7 +96,9 @@ class Model {
   std::vector<AttentionPlan> plans_;
   std::vector<AttentionShape> shapes_;
   std::vector<Layer> layers_;
-  std::vector<int64_t> pool_blocks_;  // per cache group
+  std::vector<BlockPool> pools_, open_pools_;  // per cache group
+  bool unpacks_ = false;  // blocks of some layer are compressed
+  bool selects_ = false;  // or have summaries
   std::unique_ptr<Workspace> ws_;
 };
 

@@ -34,6 +34,14 @@ struct Avx2 {
   static F load_bf16_odd(const uint16_t* p) {
     return as_float(and_int(load_bytes((const uint8_t*)p), int(0xffff0000)));
   }
+  static F splat_bf16_pair(const uint16_t* p) {
+    int32_t pair;
+    memcpy(&pair, p, 4);
+    const __m256i both = _mm256_set1_epi32(pair);
+    const __m256 x = _mm256_castsi256_ps(_mm256_blend_epi32(
+        _mm256_slli_epi32(both, 16), _mm256_and_si256(both, _mm256_set1_epi32(int(0xffff0000))), 0xaa));
+    return {x, x};
+  }
   static F add(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
   static F sub(F x, F y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
   static F mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }

@@ -31,6 +31,10 @@ struct Avx512 {
     return _mm512_castsi512_ps(
         _mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(int(0xffff0000))));
   }
+  static F splat_bf16_pair(const uint16_t* p) {
+    const __m512i both = splat_four((const int8_t*)p);
+    return _mm512_mask_blend_ps(0xaaaa, _mm512_castsi512_ps(_mm512_slli_epi32(both, 16)), odd_bf16(both));
+  }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }

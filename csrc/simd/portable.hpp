@@ -50,6 +50,8 @@ struct Portable {
   // 16 pairs of bf16: the first of each pair, the second of each pair.
   static F load_bf16_even(const uint16_t* p) { return map([&](int i) { return bf16_to_float(p[2 * i]); }); }
   static F load_bf16_odd(const uint16_t* p) { return map([&](int i) { return bf16_to_float(p[2 * i + 1]); }); }
+  // Even lanes p[0], odd lanes p[1].
+  static F splat_bf16_pair(const uint16_t* p) { return map([&](int i) { return bf16_to_float(p[i % 2]); }); }
   static F add(F a, F b) { return map([&](int i) { return a.v[i] + b.v[i]; }); }
   static F sub(F a, F b) { return map([&](int i) { return a.v[i] - b.v[i]; }); }
   static F mul(F a, F b) { return map([&](int i) { return a.v[i] * b.v[i]; }); }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,6 +36,14 @@ class ForwardBatch:
     """[num_logits], above 0: for ``sum_exp_at_temperature`` and ``draw``."""
     full_logits: NDArray[np.bool_]
     """[num_logits] whether all logits of the row are wanted."""
+    open_tables: tuple[NDArray[np.int32], ...] = ()
+    """One per cache group, or none if no group fills its blocks in a pool of their own:
+    [num_seqs, max_num_open_blocks]. Entry i of a row is the block of that pool for entry
+    ``positions[query_start[s]] // block_size + i`` of the block table."""
+    kv_budgets: NDArray[np.int32] | None = None
+    """[num_tokens] blocks that a token's queries read of each KV head under full attention, its own
+    included: the first and the last few, and those with the highest bound of their scores. At least
+    MIN_BUDGET_BLOCKS; 0, or None for all: every block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +80,12 @@ class Backend(Protocol):
         """Allocate what ``forward`` needs for steps within these bounds. Returns the bytes, logits
         included. Called once, at start."""
 
-    def bind_kv(self, pools: list[NDArray[np.uint8]]) -> None:
-        """Hand over the block pools, one per cache group: uint8 [num_blocks, block_bytes],
-        zeroed. The layout inside a block is the backend's own."""
+    def bind_kv(
+        self, pools: Sequence[NDArray[np.uint8]], open_pools: Sequence[NDArray[np.uint8]] = ()
+    ) -> None:
+        """Hand over the block pools, one per cache group: uint8 [num_blocks, block_bytes], zeroed;
+        and those of blocks that are being filled, [num_open_blocks, open_block_bytes], if some
+        group has one. The layout inside a block is the backend's own."""
 
     def forward(self, batch: ForwardBatch) -> HeadOutput:
         """Compute the batch and write its KV."""

@@ -77,12 +77,15 @@ class BlockPool:
             else:
                 self._cached[block] = None
 
-    def publish(self, block: int, block_hash: bytes) -> None:
+    def publish(self, block: int, block_hash: bytes) -> bool:
         """Let a referenced block, now complete, be found under its hash. If another block is
-        already published under it, that one stays and this one remains private."""
-        if block_hash not in self._published:
-            self._published[block_hash] = block
-            self._hashes[block] = block_hash
+        already published under it, that one stays, this one remains private and the answer is
+        False."""
+        if block_hash in self._published:
+            return False
+        self._published[block_hash] = block
+        self._hashes[block] = block_hash
+        return True
 
     def check(self) -> None:
         """Assert every invariant; linear in the number of blocks."""

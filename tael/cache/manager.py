@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 
 from tael.cache.block_hash import block_hash, root_hash
 from tael.cache.block_pool import BlockPool
@@ -23,6 +24,10 @@ class _Holding:
     """Per group, the first entry of the table that is not released."""
     num_published: int
     """Leading blocks already offered to the prefix cache."""
+    open_tables: tuple[list[int], ...]
+    """Per group that fills blocks in a pool of their own: those of table entries..."""
+    first_open: int
+    """...from this one on."""
 
 
 class CacheManager:
@@ -40,9 +45,13 @@ class CacheManager:
         num_blocks: tuple[int, ...],
         block_size: int,
         fingerprint: bytes,
+        num_open_blocks: int = 0,
     ) -> None:
         self.groups = groups
         self.pools = tuple(BlockPool(n) for n in num_blocks)
+        self.open_pools = tuple(
+            BlockPool(num_open_blocks if group.open_block_bytes else 0) for group in groups
+        )
         self.block_size = block_size
         self.num_prefix_query_tokens = 0
         """Tokens of the requests that ``start`` accepted, and..."""
@@ -57,12 +66,16 @@ class CacheManager:
         cannot provide the blocks, nothing."""
         # A hit leaves a token to compute: the logits after the last one are what is asked for.
         num_hashes = (request.num_tokens - 1) // self.block_size
+        if request.wants_prompt_logits:  # which are not in the cache
+            num_hashes = 0
         hashes = self._extend_hashes(request, num_hashes)[:num_hashes]
         num_hits = longest_prefix(self.groups, self.pools, hashes, self.block_size)
         num_computed_tokens = num_hits * self.block_size
 
         # Hits are referenced in all groups before a block is taken in any: taking may evict.
-        holding = _Holding(tuple([] for _ in self.groups), [], num_hits)
+        tables: tuple[list[int], ...] = tuple([] for _ in self.groups)
+        open_tables: tuple[list[int], ...] = tuple([] for _ in self.groups)
+        holding = _Holding(tables, [], num_hits, open_tables, num_hits)
         for group, pool, table in zip(self.groups, self.pools, holding.tables, strict=True):
             first = group.first_block(num_computed_tokens, self.block_size)
             holding.firsts.append(first)
@@ -82,38 +95,53 @@ class CacheManager:
             return False
         self.num_prefix_query_tokens += request.num_tokens
         self.num_prefix_hit_tokens += num_computed_tokens
+        request.num_offered_blocks = max(request.num_offered_blocks, num_hits)
         return True
 
     def allocate(self, request: Request, num_new_tokens: int) -> bool:
         """Extend the block tables of a started request to hold ``num_new_tokens`` after the
         computed ones: in all groups, or False and no change."""
-        tables = self._holdings[request].tables
+        holding = self._holdings[request]
+        tables = holding.tables
         num_blocks = -(-(request.num_computed_tokens + num_new_tokens) // self.block_size)
         for pool, table in zip(self.pools, tables, strict=True):
             if num_blocks - len(table) > pool.num_available:
                 return False
         for pool, table in zip(self.pools, tables, strict=True):
             table.extend(pool.take() for _ in range(num_blocks - len(table)))
+        for group, pool, table in zip(
+            self.groups, self.open_pools, holding.open_tables, strict=True
+        ):
+            if group.open_block_bytes:  # of these there are always enough
+                num_open_blocks = num_blocks - holding.first_open
+                table.extend(pool.take() for _ in range(num_open_blocks - len(table)))
         return True
 
     def publish(self, request: Request) -> None:
         """Offer the blocks that the last step completed to other requests. Call it when their
-        KV exists and ``num_computed_tokens`` says so, before ``trim``."""
+        KV exists and ``num_computed_tokens`` says so, before ``trim``. Prompt tokens of blocks
+        that the cache had not are counted in the usage, once if they are computed again."""
         holding = self._holdings[request]
         num_full = request.num_computed_tokens // self.block_size
         hashes = self._extend_hashes(request, num_full)
-        for pool, table in zip(self.pools, holding.tables, strict=True):
-            for i in range(holding.num_published, num_full):
-                pool.publish(table[i], hashes[i])
+        num_prompt_blocks = request.num_prompt_tokens // self.block_size
+        for i in range(holding.num_published, num_full):
+            groups = zip(self.pools, holding.tables, strict=True)
+            num_new = sum(pool.publish(table[i], hashes[i]) for pool, table in groups)
+            if num_new > 0 and request.num_offered_blocks <= i < num_prompt_blocks:
+                request.usage.num_cache_write_tokens += self.block_size
         holding.num_published = num_full
+        request.num_offered_blocks = max(request.num_offered_blocks, num_full)
 
     def trim(self, request: Request) -> None:
         """Release the blocks that have left the windows: the next query of the request, at
         position ``num_computed_tokens``, and all later ones look past them. Release too the
         blocks after that position, which only rejected drafts have written to: were they kept,
-        a wrong guess could cost another request its place."""
+        a wrong guess could cost another request its place. A block that is complete needs its
+        place among the open ones no longer."""
         holding = self._holdings[request]
         num_blocks = -(-request.num_computed_tokens // self.block_size)
+        self._close(holding, request.num_computed_tokens // self.block_size, num_blocks)
         for i, group in enumerate(self.groups):
             table = holding.tables[i]
             while len(table) > num_blocks:
@@ -127,6 +155,7 @@ class CacheManager:
     def free(self, request: Request) -> None:
         """Take back all blocks of a started request."""
         holding = self._holdings.pop(request)
+        self._close(holding, len(holding.tables[0]), len(holding.tables[0]))
         for pool, table, first in zip(self.pools, holding.tables, holding.firsts, strict=True):
             # Last block first: a chain of blocks is evicted from its end, where it is shared
             # least and where a gap costs least.
@@ -138,12 +167,20 @@ class CacheManager:
         RELEASED. They are the live tables: read them before the next call, do not write."""
         return self._holdings[request].tables
 
+    def open_tables(self, request: Request) -> tuple[list[int], ...]:
+        """One table per group, of blocks in the pool of those that are being filled: entry i is
+        that of entry ``num_computed_tokens // block_size + i`` of the block table. Empty for a
+        group that has no such pool. Live, as ``block_tables``."""
+        return self._holdings[request].open_tables
+
     def kv_bytes(self, request: Request) -> int:
         """Bytes of the blocks that a request references; a shared block counts in full."""
         holding = self._holdings[request]
         return sum(
-            (len(table) - first) * group.block_bytes
-            for group, table, first in zip(self.groups, holding.tables, holding.firsts, strict=True)
+            (len(table) - first) * group.block_bytes + len(open_table) * group.open_block_bytes
+            for group, table, first, open_table in zip(
+                self.groups, holding.tables, holding.firsts, holding.open_tables, strict=True
+            )
         )
 
     def can_ever_hold(self, num_tokens: int, num_new_tokens: int) -> bool:
@@ -178,6 +215,19 @@ class CacheManager:
                 for block in table[first:]:
                     ref_counts[block] += 1
             assert ref_counts == [pool.ref_count(b) for b in range(pool.num_blocks)]
+        for i, pool in enumerate(self.open_pools):
+            pool.check()
+            tables = [holding.open_tables[i] for holding in self._holdings.values()]
+            assert pool.num_referenced == sum(map(len, tables)) == len(set(chain(*tables)))
+
+    def _close(self, holding: _Holding, first: int, end: int) -> None:
+        """Give back the open blocks before table entry ``first`` and from ``end`` on."""
+        for pool, table in zip(self.open_pools, holding.open_tables, strict=True):
+            closed = table[: first - holding.first_open] + table[end - holding.first_open :]
+            del table[end - holding.first_open :], table[: first - holding.first_open]
+            for block in closed:
+                pool.deref(block)
+        holding.first_open = first
 
     def _extend_hashes(self, request: Request, num_blocks: int) -> list[bytes]:
         """The identities of at least the first ``num_blocks`` blocks. They stay with the

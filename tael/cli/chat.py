@@ -62,10 +62,7 @@ NUMBERS = (
 def command(
     model: str | None,
     system: str | None,
-    memory: int | None,
-    threads: int | None,
-    context: int | None,
-    rope_scaling: str | None,
+    settings: dict[str, Any],
     speculation: bool,
     **sampling: Any,
 ) -> None:
@@ -80,9 +77,7 @@ def command(
 
     params = SamplingParams(**sampling)
     model = model or DEFAULT_MODEL
-    with open_llm(
-        model, memory, threads, context, rope_scaling, speculation=speculation, quiet=False
-    ) as llm:
+    with open_llm(model, quiet=False, speculation=speculation, **settings) as llm:
         if not llm.engine.tokenizer.has_chat_template:
             raise TaelError(f"{model} has no chat template; complete texts with: tael run {model}.")
         chat = Chat(llm, params, system)

@@ -1,14 +1,17 @@
-"""What several commands share: options, the progress of a pull, the statistics line."""
+"""What several commands share: options, tables, the progress of a pull, the statistics line."""
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import wraps
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
+
+from tael.config import KV_FORMATS
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -35,26 +38,58 @@ def token_count(text: str) -> int:
 
 
 def model_options(command: F) -> F:
-    """How a model is loaded: the arguments of ``open_llm`` besides the name."""
-    for option in (
-        click.option(
-            "--rope-scaling",
-            metavar="KIND[:FACTOR]",
-            help="Go beyond the trained context: yarn or dynamic.",
-        ),
-        click.option(
-            "--context", type=token_count, metavar="TOKENS", help="Longest context, such as 32K."
-        ),
-        click.option("--threads", type=int, metavar="N", help="Threads to compute with."),
-        click.option(
+    """How a model is loaded: keyword arguments of ``LLM``, as the command's ``settings``."""
+    options = {
+        "memory": click.option(
             "--memory",
             type=byte_size,
             metavar="SIZE",
             help="Memory for everything, such as 2GiB.  [default: what the machine can spare]",
         ),
-    ):
-        command = option(command)
-    return command
+        "num_threads": click.option(
+            "--threads", "num_threads", type=int, metavar="N", help="Threads to compute with."
+        ),
+        "max_model_len": click.option(
+            "--context",
+            "max_model_len",
+            type=token_count,
+            metavar="TOKENS",
+            help="Longest context, such as 32K.",
+        ),
+        "rope_scaling": click.option(
+            "--rope-scaling",
+            metavar="KIND[:FACTOR]",
+            help="Go beyond the trained context: yarn or dynamic.",
+        ),
+        "kv_format": click.option(
+            "--kv-format",
+            type=click.Choice(KV_FORMATS),
+            default="bf16",
+            show_default=True,
+            help="How the KV of complete blocks is held.",
+        ),
+        "kv_budget": click.option(
+            "--kv-budget",
+            type=token_count,
+            metavar="TOKENS",
+            help="Context that each token of the answer reads, chosen anew for every token and KV "
+            "head.  [default: all]",
+        ),
+        "prefill_budget": click.option(
+            "--prefill-budget",
+            type=token_count,
+            metavar="TOKENS",
+            help="The same for each token of the prompt.  [default: all]",
+        ),
+    }
+
+    @wraps(command)
+    def with_settings(**arguments: Any) -> None:
+        command(settings={name: arguments.pop(name) for name in options}, **arguments)
+
+    for option in reversed(options.values()):
+        with_settings = option(with_settings)
+    return cast(F, with_settings)
 
 
 speculation_option = click.option(
@@ -63,7 +98,7 @@ speculation_option = click.option(
     help="Guess tokens from the text and verify several at once, which changes no token.  "
     "[default: on]",
 )
-"""Also an argument of ``open_llm``; not for what measures steps of one token."""
+"""An argument of ``LLM`` too, but not for what measures steps of one token."""
 
 
 def sampling_options(command: F) -> F:
@@ -86,29 +121,12 @@ def sampling_options(command: F) -> F:
     return command
 
 
-def open_llm(
-    model: str,
-    memory: int | None,
-    threads: int | None,
-    context: int | None,
-    rope_scaling: str | None,
-    *,
-    speculation: bool = True,
-    quiet: bool,
-) -> LLM:
+def open_llm(model: str, *, quiet: bool, **settings: Any) -> LLM:
     """Load a model, pulling it if need be, and say on stderr what it can hold."""
     from tael.llm import LLM
 
     with TransferBar() as progress:
-        llm = LLM(
-            model,
-            memory=memory,
-            max_model_len=context,
-            rope_scaling=rope_scaling,
-            num_threads=threads,
-            speculation=speculation,
-            progress=progress,
-        )
+        llm = LLM(model, progress=progress, **settings)
     if not quiet:
         click.echo(f"{model}: {llm.engine.describe()}", err=True)
     return llm
@@ -137,6 +155,17 @@ def statistics(usage: Usage, reason: FinishReason | None) -> str:
         f"{speculation}KV {format_bytes(usage.kv_bytes)}, "
         f"peak memory {format_bytes(peak_rss_bytes())}{cut}"
     )
+
+
+def print_table(rows: Sequence[Sequence[str]], *, num_left: int | None = None) -> None:
+    """Print rows in columns, of which the first ``num_left``, or all, are aligned to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [
+            cell.ljust(width) if num_left is None or i < num_left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        click.echo("  ".join(cells).rstrip())
 
 
 class TransferBar:

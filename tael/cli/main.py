@@ -14,7 +14,7 @@ import click
 from tael import __version__
 from tael.errors import TaelError
 
-COMMANDS = ("run", "chat", "pull", "rm", "inspect", "bench")
+COMMANDS = ("run", "chat", "serve", "pull", "rm", "inspect", "bench", "keys", "usage")
 
 
 class _Failure(click.ClickException):

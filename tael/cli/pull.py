@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from tael.cli.common import TransferBar
+from tael.cli.common import TransferBar, print_table
 
 
 @click.command("pull")
@@ -41,7 +41,4 @@ def _print_catalogue() -> None:
         )
         for entry in catalogue.entries().values()
     ]
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for row in (header, *rows):
-        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        click.echo(line.rstrip())
+    print_table([header, *rows])

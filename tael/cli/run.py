@@ -45,10 +45,7 @@ def command(
     system: str | None,
     raw: bool,
     as_json: bool,
-    memory: int | None,
-    threads: int | None,
-    context: int | None,
-    rope_scaling: str | None,
+    settings: dict[str, Any],
     speculation: bool,
     **sampling: Any,
 ) -> None:
@@ -59,9 +56,7 @@ def command(
     model, question = _model_and_question(words)
     text = _prompt_text(question, files)
     params = SamplingParams(**sampling)
-    with open_llm(
-        model, memory, threads, context, rope_scaling, speculation=speculation, quiet=as_json
-    ) as llm:
+    with open_llm(model, quiet=as_json, speculation=speculation, **settings) as llm:
         prompt = _prompt(llm, model, text, system, raw)
         if as_json:
             _print_json(llm, model, prompt, params)

@@ -6,15 +6,16 @@ import hashlib
 import logging
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tael.backends.base import Backend, HeadOutput
 from tael.cache.manager import CacheManager
 from tael.config import BLOCK_SIZE, EngineConfig
+from tael.engine.grammar import TokenMask
 from tael.engine.output import OutputProcessor, Piece
 from tael.engine.runner import run_step
 from tael.engine.sampler import Sampler
-from tael.engine.scheduler import Scheduler
+from tael.engine.scheduler import Schedule, Scheduler
 from tael.errors import TaelError
 from tael.loader.tokenizer import Tokenizer
 from tael.memory.budget import available_memory_bytes, format_bytes, kv_budget, plan_pools
@@ -55,6 +56,11 @@ class OutputDelta:
     """What went wrong, if the finish reason is ERROR."""
     usage: Usage | None
     """With the last delta of the last completion: what the whole request took."""
+    stop_string: str | None = None
+    """The one that ended the completion, if one did."""
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """With the first delta of the first completion, if asked for: of all tokens of the prompt but
+    its first."""
 
 
 class Engine:
@@ -74,6 +80,7 @@ class Engine:
         baseline_bytes: int,
     ) -> None:
         self.spec = spec
+        self.config = config
         self.backend = backend
         self.tokenizer = tokenizer
         if config.memory_bytes is None:
@@ -91,11 +98,14 @@ class Engine:
         )
         plan = plan_pools(groups, kv_bytes, BLOCK_SIZE, longest, config.scheduler)
         self.max_model_len = plan.max_model_len
-        self.kv_store = KVStore(groups, plan.num_blocks)
-        backend.bind_kv(self.kv_store.pools)
+        num_open_blocks = config.scheduler.max_num_open_blocks
+        self.kv_store = KVStore(groups, plan.num_blocks, num_open_blocks)
+        backend.bind_kv(self.kv_store.pools, self.kv_store.open_pools)
         # Blocks live no longer than this engine and its weights, so the spec identifies them.
         fingerprint = hashlib.sha256(repr(spec).encode()).digest()
-        self.manager = CacheManager(groups, plan.num_blocks, BLOCK_SIZE, fingerprint)
+        self.manager = CacheManager(
+            groups, plan.num_blocks, BLOCK_SIZE, fingerprint, num_open_blocks
+        )
         drafter = Drafter() if config.speculation else None
         self.scheduler = Scheduler(config.scheduler, self.manager, self.max_model_len, drafter)
         self._unfinished: dict[str, list[_Completion]] = {}
@@ -113,9 +123,11 @@ class Engine:
         *,
         cache_salt: str = "",
         speculation: bool = True,
+        mask: TokenMask | None = None,
     ) -> None:
         """Queue a request. Raises TaelError if it cannot be run, ValueError if the id is in use.
-        Without ``speculation`` it gets a token a step, as all do if the engine's is off.
+        Without ``speculation`` it gets a token a step, as all do if the engine's is off. ``mask``
+        says which tokens each answer may consist of.
 
         Of ``n`` completions the first computes the prompt. The others are queued when it has,
         and find the prompt in the prefix cache.
@@ -129,13 +141,14 @@ class Engine:
             request = Request(
                 f"{request_id}/{index}",
                 prompt_token_ids,
-                params,
+                params if index == 0 else replace(params, prompt_logprobs=None),
                 eos_token_ids=self.tokenizer.eos_token_ids,
                 cache_salt=cache_salt,
                 speculation=speculation,
+                is_masked=mask is not None,
             )
             output = OutputProcessor(request, self.scheduler.length_limit(request), self.tokenizer)
-            sampler = Sampler(request, index)
+            sampler = Sampler(request, index, None if mask is None else mask.copy())
             completions.append(_Completion(request_id, index, request, sampler, output))
         self.scheduler.add(completions[0].request)
         self._unfinished[request_id] = completions
@@ -149,7 +162,9 @@ class Engine:
         ERROR; any other is raised.
         """
         schedule = self.scheduler.schedule()
-        result = run_step(schedule, self.manager, self.backend, self._sample)
+        start = time.monotonic()
+        result = run_step(schedule, self.manager, self.backend, self.config, self._sample)
+        _share(time.monotonic() - start, schedule)
         deltas = [self._fail(self._completions[key], e) for key, e in result.errors.items()]
         pieces: dict[str, Piece] = {}
         for key, token_ids in result.token_ids.items():
@@ -157,11 +172,13 @@ class Engine:
                 pieces[key] = self._completions[key].output.extend(token_ids)
             except Exception as error:
                 deltas.append(self._fail(self._completions[key], error))
+        for key, logprobs in result.prompt_logprobs.items():
+            self._completions[key].request.prompt_logprobs += logprobs
         self.scheduler.update(schedule, {key: p.token_ids for key, p in pieces.items()})
         now = time.monotonic()
         for key, piece in pieces.items():
-            logprobs = result.logprobs[key][: len(piece.token_ids)]
-            deltas.append(self._extend(self._completions[key], piece, logprobs, now))
+            kept = result.logprobs[key][: len(piece.token_ids)]
+            deltas.append(self._extend(self._completions[key], piece, kept, now))
         self._queue_forks()
         return deltas
 
@@ -175,6 +192,11 @@ class Engine:
             if not completion.request.is_finished and completion not in forks:
                 self.scheduler.finish(completion.request, FinishReason.ABORT)
         return self._forget(request_id)
+
+    def usage(self, request_id: str) -> Usage:
+        """What an unfinished request has taken so far. Raises KeyError if it is not here."""
+        completions = self._unfinished[request_id]
+        return _total([completion.request.usage for completion in completions])
 
     def has_unfinished(self) -> bool:
         return bool(self._unfinished)
@@ -206,7 +228,8 @@ class Engine:
     ) -> OutputDelta:
         """The delta of a completion that has got its next tokens."""
         request, usage = completion.request, completion.request.usage
-        if usage.num_output_tokens == len(piece.token_ids):
+        is_first = usage.num_output_tokens == len(piece.token_ids)
+        if is_first:
             usage.time_to_first_token_s = now - request.arrival_time
         usage.decode_s = now - request.arrival_time - usage.time_to_first_token_s
         if piece.finish_reason is not None:
@@ -220,6 +243,8 @@ class Engine:
             finish_reason=piece.finish_reason,
             error=None,
             usage=self._settle(completion),
+            stop_string=piece.stop_string,
+            prompt_logprobs=tuple(request.prompt_logprobs) if is_first else (),
         )
 
     def _fail(self, completion: _Completion, error: Exception) -> OutputDelta:
@@ -276,21 +301,30 @@ class _Completion:
     output: OutputProcessor
 
 
+def _share(step_s: float, schedule: Schedule) -> None:
+    """Divide the time of a step among its requests."""
+    num_tokens = sum(entry.num_scheduled_tokens for entry in schedule.scheduled)
+    for entry in schedule.scheduled:
+        entry.request.usage.compute_s += step_s * entry.num_scheduled_tokens / num_tokens
+
+
 def _total(usages: Sequence[Usage]) -> Usage:
-    """The usage of a request from those of its completions. A KV block that several of them
+    """The usage of a request from those of its completions. The prompt is the first one's: that
+    the others found it in the cache is no saving of the caller's. A KV block that several of them
     referenced counts for each."""
     first = usages[0]
-    if len(usages) == 1:
-        return first
     end_s = max(usage.time_to_first_token_s + usage.decode_s for usage in usages)
     return Usage(
         num_prompt_tokens=first.num_prompt_tokens,
         num_cached_tokens=first.num_cached_tokens,
+        num_cache_write_tokens=first.num_cache_write_tokens,
         num_output_tokens=sum(usage.num_output_tokens for usage in usages),
         num_draft_tokens=sum(usage.num_draft_tokens for usage in usages),
         num_accepted_tokens=sum(usage.num_accepted_tokens for usage in usages),
         num_preemptions=sum(usage.num_preemptions for usage in usages),
         kv_bytes=sum(usage.kv_bytes for usage in usages),
+        kv_byte_s=sum(usage.kv_byte_s for usage in usages),
+        compute_s=sum(usage.compute_s for usage in usages),
         queue_s=first.queue_s,
         time_to_first_token_s=first.time_to_first_token_s,
         decode_s=end_s - first.time_to_first_token_s,

@@ -17,6 +17,8 @@ class Piece:
     text: str
     finish_reason: FinishReason | None
     """Why the last token was the last, if it was."""
+    stop_string: str | None = None
+    """The one that ended the answer."""
 
 
 class OutputProcessor:
@@ -42,7 +44,8 @@ class OutputProcessor:
             added, reason = self.append(token_id)
             text += added
             if reason is not None:
-                return Piece(tuple(token_ids[: i + 1]), text, reason)
+                stop_string = self._stop_strings.found
+                return Piece(tuple(token_ids[: i + 1]), text, reason, stop_string)
         return Piece(tuple(token_ids), text, None)
 
     def append(self, token_id: int) -> tuple[str, FinishReason | None]:
@@ -70,6 +73,8 @@ class StopStrings:
     """
 
     def __init__(self, stop_strings: Sequence[str]) -> None:
+        self.found: str | None = None
+        """The stop string that ended the text."""
         self._stop_strings = stop_strings
         self._held = ""
         """The end of the text so far that is the beginning of a stop string."""
@@ -78,11 +83,12 @@ class StopStrings:
         """More of the text. Returns what of it can be shown, and whether a stop string ended it."""
         text = self._held + piece
         starts = [(stop, text.find(stop)) for stop in self._stop_strings]
-        found = [(start + len(stop), start) for stop, start in starts if start >= 0]
+        found = [(start + len(stop), start, stop) for stop, start in starts if start >= 0]
         if found:
             self._held = ""
-            return text[: min(found)[1]], True
-        num_held = max((_overlap(text, stop) for stop in self._stop_strings), default=0)
+            _, start, self.found = min(found)
+            return text[:start], True
+        num_held = max((overlap(text, stop) for stop in self._stop_strings), default=0)
         shown = len(text) - num_held
         self._held = text[shown:]
         return text[:shown], False
@@ -93,7 +99,7 @@ class StopStrings:
         return held
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of ``text`` that begins ``stop``, without being all of it."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tael.backends.base import NUM_CANDIDATES, HeadOutput
+from tael.engine.grammar import TokenMask
 from tael.request import Request, SamplingParams, TokenLogprobs
 
 Logits = NDArray[np.float32]
@@ -61,8 +62,9 @@ class Sampler:
     the batch was, and after a preemption. ``index`` numbers the completions of one prompt.
     """
 
-    def __init__(self, request: Request, index: int = 0) -> None:
+    def __init__(self, request: Request, index: int = 0, mask: TokenMask | None = None) -> None:
         self._request = request
+        self._mask = mask
         seed = request.params.seed
         seed = secrets.randbits(64) if seed is None else seed % 2**64
         self._key = seed.to_bytes(8, "little") + index.to_bytes(8, "little")
@@ -82,6 +84,8 @@ class Sampler:
         if not math.isfinite(head.sum_exp[row]):
             raise FloatingPointError("the logits are not finite")
         token_id, logit = self._choose(head, row, accepted)
+        if self._mask is not None:
+            self._mask.accept(token_id)
         if params.logprobs is None:
             return token_id, None
         return token_id, token_logprobs(head, row, token_id, logit, params.logprobs)
@@ -89,7 +93,7 @@ class Sampler:
     def _choose(self, head: HeadOutput, row: int, accepted: Sequence[int]) -> tuple[int, float]:
         """The next token and its logit."""
         params = self._request.params
-        if changes_logits(params):
+        if changes_logits(params) or self._mask is not None:
             token_id = self._choose_of(self.adjust(head.logits[row], accepted), accepted)
         elif params.temperature == 0.0:
             return int(head.top_token_ids[row, 0]), float(head.top_logits[row, 0])
@@ -120,7 +124,8 @@ class Sampler:
         return (int.from_bytes(digest.digest(), "little") >> 12) * 2.0**-52
 
     def adjust(self, logits: Logits, accepted: Sequence[int] = ()) -> Logits:
-        """A copy of ``logits`` [vocab_size] with the bias and the penalties of the request."""
+        """A copy of ``logits`` [vocab_size] with the bias, the penalties and the mask of the
+        request."""
         request, params = self._request, self._request.params
         adjusted = logits.copy()
         for token_id, bias in params.logit_bias.items():
@@ -138,6 +143,8 @@ class Sampler:
         ):  # over the output only, as OpenAI does
             amount = params.presence_penalty + params.frequency_penalty * counts
             adjusted[output] -= amount.astype(np.float32)
+        if self._mask is not None:
+            adjusted[~self._mask.allowed()] = -np.inf
         return adjusted
 
 

@@ -43,13 +43,15 @@ class ScheduledRequest:
     """Drafted ones included."""
     samples: bool
     """These are the last of its tokens, so the step's logits give the next one."""
+    num_prompt_logits: int
+    """Of those before, whose logits are wanted for the log-probabilities of the prompt."""
     draft_token_ids: tuple[int, ...] = ()
     """Guesses of the tokens after the last."""
 
     @property
     def num_logits(self) -> int:
         """Tokens at the end of the scheduled ones whose logits are wanted."""
-        return 1 + len(self.draft_token_ids) if self.samples else 0
+        return self.num_prompt_logits + (1 + len(self.draft_token_ids) if self.samples else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +104,15 @@ class Scheduler:
         scheduled: list[ScheduledRequest] = []
         preempted: list[Request] = []
         budget = self.config.max_num_batched_tokens
+        num_logits = self.config.max_num_logits
 
         while len(scheduled) < len(self.running):  # preemption shortens it from the end
             request = self.running[len(scheduled)]
-            num_new_tokens = min(request.num_tokens - request.num_computed_tokens, budget)
+            num_new_tokens = self._chunk(request, budget, num_logits)
             if self.manager.allocate(request, num_new_tokens):
                 scheduled.append(self._scheduled(request, num_new_tokens))
-                budget -= num_new_tokens
+                budget = self._budget_after(scheduled[-1], budget)
+                num_logits -= scheduled[-1].num_logits
             else:
                 preempted.append(self._preempt_last())
 
@@ -116,14 +120,16 @@ class Scheduler:
             self.waiting
             and not preempted
             and budget > 0
+            and num_logits > 0
             and len(self.running) < self.config.max_num_seqs
             and self.manager.start(self.waiting[0], budget)
         ):
             request = self.waiting.popleft()
             self._admit(request)
-            num_new_tokens = min(request.num_tokens - request.num_computed_tokens, budget)
+            num_new_tokens = self._chunk(request, budget, num_logits)
             scheduled.append(self._scheduled(request, num_new_tokens))
-            budget -= num_new_tokens
+            budget = self._budget_after(scheduled[-1], budget)
+            num_logits -= scheduled[-1].num_logits
         if self.drafter is not None:
             self._add_drafts(self.drafter, scheduled, budget)
         return Schedule(scheduled, preempted)
@@ -146,6 +152,7 @@ class Scheduler:
         """Take an unfinished request out and give back its blocks."""
         if request.status is RequestStatus.RUNNING:
             self.running.remove(request)
+            self._meter(request, 0)
             self.manager.free(request)
         else:
             self.waiting.remove(request)
@@ -171,18 +178,37 @@ class Scheduler:
             return self.max_model_len
         return min(request.num_prompt_tokens + request.params.max_tokens, self.max_model_len)
 
+    def _chunk(self, request: Request, budget: int, num_logits: int) -> int:
+        """Tokens of a request to compute in a step that has this much left."""
+        num_new_tokens = min(request.num_tokens - request.num_computed_tokens, budget)
+        return min(num_new_tokens, num_logits) if request.wants_prompt_logits else num_new_tokens
+
+    def _budget_after(self, entry: ScheduledRequest, budget: int) -> int:
+        """Nothing is admitted behind a request that is left with tokens to compute."""
+        return budget - entry.num_scheduled_tokens if entry.samples else 0
+
     def _scheduled(
         self, request: Request, num_new_tokens: int, draft: tuple[int, ...] = ()
     ) -> ScheduledRequest:
-        usage = request.usage
-        usage.kv_bytes = max(usage.kv_bytes, self.manager.kv_bytes(request))
+        self._meter(request, self.manager.kv_bytes(request))
         samples = request.num_computed_tokens + num_new_tokens == request.num_tokens
-        return ScheduledRequest(request, num_new_tokens + len(draft), samples, draft)
+        num_prompt_logits = num_new_tokens - samples if request.wants_prompt_logits else 0
+        return ScheduledRequest(
+            request, num_new_tokens + len(draft), samples, num_prompt_logits, draft
+        )
+
+    def _meter(self, request: Request, kv_bytes: int) -> None:
+        """Count the KV that a request has held until now; from now on it holds ``kv_bytes``."""
+        usage, now = request.usage, time.monotonic()
+        usage.kv_byte_s += request.held_kv_bytes * (now - request.held_since)
+        usage.kv_bytes = max(usage.kv_bytes, kv_bytes)
+        request.held_kv_bytes, request.held_since = kv_bytes, now
 
     def _add_drafts(self, drafter: Drafter, scheduled: list[ScheduledRequest], budget: int) -> None:
         """Lengthen entries of a step by drafts."""
         sampling = [i for i, entry in enumerate(scheduled) if entry.samples]
-        max_num_drafts = min(budget, self.config.max_num_logits - len(sampling))
+        num_logits = self.config.max_num_logits - sum(entry.num_logits for entry in scheduled)
+        max_num_drafts = min(budget, num_logits)
         drafting = [i for i in sampling if scheduled[i].request.speculation]
         if max_num_drafts <= 0 or not drafting:
             return
@@ -223,8 +249,11 @@ class Scheduler:
     def _preempt_last(self) -> Request:
         """Put the last running request back at the head of the queue, without its blocks."""
         request = self.running.pop()
+        self._meter(request, 0)
         self.manager.free(request)
         request.num_computed_tokens = 0
+        if request.wants_prompt_logits:
+            request.prompt_logprobs.clear()
         request.status = RequestStatus.WAITING
         request.usage.num_preemptions += 1
         self.waiting.appendleft(request)

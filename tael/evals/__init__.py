@@ -1,1 +1,1 @@
-"""Measurements of what an engine gives: speed here, quality to come."""
+"""Measurements of what an engine gives: its speed, and how well it uses its context."""

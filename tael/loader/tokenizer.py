@@ -157,6 +157,11 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._config.chat_template is not None
 
+    @property
+    def chat_template_has_tools(self) -> bool:
+        """Whether the model's template shows tools to the model."""
+        return re.search(r"\btools\b", self._config.chat_template or "") is not None
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],

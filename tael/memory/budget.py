@@ -114,7 +114,7 @@ class PoolPlan:
     max_model_len: int
     """The longest context that fits empty pools, at most what was asked for."""
     kv_bytes: int
-    """Bytes of all blocks."""
+    """Bytes of all blocks, those that are being filled included."""
 
 
 def plan_pools(
@@ -137,8 +137,11 @@ def plan_pools(
     def needed(num_tokens: int) -> list[int]:
         return [group.num_blocks(num_tokens, chunk, block_size) for group in groups]
 
+    open_bytes = scheduler.max_num_open_blocks * sum(group.open_block_bytes for group in groups)
+
     def size(num_blocks: Sequence[int]) -> int:
-        return sum(n * group.block_bytes for n, group in zip(num_blocks, groups, strict=True))
+        complete = sum(n * group.block_bytes for n, group in zip(num_blocks, groups, strict=True))
+        return complete + open_bytes
 
     shortest = min(max_model_len, chunk + block_size)
     if (least := size(needed(shortest))) > kv_bytes:

@@ -7,9 +7,9 @@ a ``ModelSpec``. Nothing below holds weights.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-KV_ELEMENT_BYTES = 2  # bf16
+from tael.config import BLOCK_SIZE
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,9 @@ class CacheSpec:
     """What one layer keeps per sequence."""
 
     bytes_per_token: int
+    """Of complete blocks, scales and summaries included."""
+    open_bytes_per_token: int
+    """Of the block that is being filled."""
     window: int | None
     """A query sees itself and the ``window - 1`` positions before it; None: all of them."""
 
@@ -49,11 +52,19 @@ class Attention:
     output_bias: bool = False
     qk_norm: bool = False
     """RMSNorm over each head of q and k, before the rotary embedding."""
+    kv_format: str = "bf16"
+    """One of ``tael.config.KV_FORMATS``."""
+    key_summaries: bool = False
+    """Complete blocks keep the least and the largest key of every channel, for sparse reading."""
 
     @property
     def cache_spec(self) -> CacheSpec:
-        bytes_per_token = 2 * self.num_kv_heads * self.head_dim * KV_ELEMENT_BYTES
-        return CacheSpec(bytes_per_token, self.window)
+        d = self.head_dim
+        bf16 = 2 * d + 2 * d
+        key_q8 = d + 2 * d // BLOCK_SIZE
+        head_bytes = {"bf16": bf16, "q8": key_q8 + d + 2, "k8v4": key_q8 + d // 2 + 4}
+        complete = head_bytes[self.kv_format] + (4 * d // BLOCK_SIZE if self.key_summaries else 0)
+        return CacheSpec(self.num_kv_heads * complete, self.num_kv_heads * bf16, self.window)
 
     def parameters(self, hidden_size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
@@ -177,6 +188,9 @@ class CacheGroup:
     layers: tuple[int, ...]
     window: int | None
     block_bytes: int
+    open_block_bytes: int = 0
+    """Of a block that is being filled, which moves into one of ``block_bytes`` when it is complete.
+    0: blocks have their last form from the start."""
 
     def first_block(self, position: int, block_size: int) -> int:
         """The first entry of a block table that a query at ``position`` looks at."""
@@ -200,12 +214,30 @@ def cache_groups(spec: ModelSpec, block_size: int) -> tuple[CacheGroup, ...]:
     for i, layer in enumerate(spec.layers):
         by_window.setdefault(layer.mixer.cache_spec.window, []).append(i)
     windows = sorted(by_window, key=lambda w: -1 if w is None else 1 / w)
-    return tuple(
-        CacheGroup(
-            layers=tuple(by_window[window]),
-            window=window,
-            block_bytes=block_size
-            * sum(spec.layers[i].mixer.cache_spec.bytes_per_token for i in by_window[window]),
-        )
-        for window in windows
+    return tuple(_cache_group(spec, tuple(by_window[w]), w, block_size) for w in windows)
+
+
+def with_kv_format(spec: ModelSpec, kv_format: str, key_summaries: bool = False) -> ModelSpec:
+    """The model with the KV of every layer in one of ``tael.config.KV_FORMATS``, and summaries in
+    those of full attention if asked for."""
+    layers = []
+    for layer in spec.layers:
+        summaries = key_summaries and layer.mixer.window is None
+        mixer = replace(layer.mixer, kv_format=kv_format, key_summaries=summaries)
+        layers.append(replace(layer, mixer=mixer))
+    return replace(spec, layers=tuple(layers))
+
+
+def _cache_group(
+    spec: ModelSpec, layers: tuple[int, ...], window: int | None, block_size: int
+) -> CacheGroup:
+    caches = [spec.layers[i].mixer.cache_spec for i in layers]
+    compressed = any(spec.layers[i].mixer.kv_format != "bf16" for i in layers)
+    return CacheGroup(
+        layers=layers,
+        window=window,
+        block_bytes=block_size * sum(cache.bytes_per_token for cache in caches),
+        open_block_bytes=block_size * sum(cache.open_bytes_per_token for cache in caches)
+        if compressed
+        else 0,
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from tael.loader.tokenizer import Tokenizer
 from tael.models.extension import EXTENSIONS
 from tael.models.registry import read_spec
 from tael.models.spec import ContextExtension, cache_groups
-from tael.request import FinishReason
+from tael.request import FinishReason, TokenLogprobs
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +216,34 @@ def test_usage(llm: LLM) -> None:
     assert first.kv_bytes == second.kv_bytes == num_blocks * group.block_bytes
     assert 0 <= first.queue_s <= first.time_to_first_token_s
     assert first.decode_s > 0 and first.decode_tokens_per_s == 7 / first.decode_s
+    assert first.num_cache_write_tokens == second.num_cached_tokens
+    assert first.num_fresh_tokens == second.num_fresh_tokens < BLOCK_SIZE
+    assert 0 < first.kv_byte_s < first.kv_bytes * (first.time_to_first_token_s + first.decode_s)
+
+
+def test_usages_share_the_time_that_the_engine_computed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the caller pays once for a prompt with several answers."""
+    engine = make_engine(folder)
+    clock = itertools.count()  # a step takes a second
+    monkeypatch.setattr("tael.engine.engine.time.monotonic", lambda: float(next(clock)))
+    prompt = list(range(BLOCK_SIZE + 9))
+    engine.add_request("one", prompt, SamplingParams(max_tokens=3, ignore_eos=True, n=3))
+    engine.add_request("two", [1, 2], SamplingParams(max_tokens=9, ignore_eos=True))
+    computed_s, usages = 0.0, {}
+    while engine.has_unfinished():
+        before = next(clock)
+        deltas = engine.step()
+        usages |= {delta.request_id: delta.usage for delta in deltas if delta.usage}
+        computed_s += 1
+        assert next(clock) > before + 2
+        if "one" not in usages:
+            assert engine.usage("one").num_prompt_tokens == len(prompt)
+    assert sum(usage.compute_s for usage in usages.values()) == pytest.approx(computed_s)
+    one = usages["one"]
+    assert (one.num_cached_tokens, one.num_cache_write_tokens) == (0, BLOCK_SIZE)
+    assert (one.num_prompt_tokens, one.num_output_tokens) == (len(prompt), 9)
 
 
 @pytest.mark.parametrize(
@@ -379,3 +409,28 @@ def test_text_that_cannot_fit_is_refused_before_it_is_tokenised(llm: LLM) -> Non
     for prompt in (text, [{"role": "user", "content": text}]):
         with pytest.raises(TaelError, match="characters cannot fit the context of 256 tokens"):
             llm.encode(prompt)
+
+
+def test_prompt_logprobs(llm: LLM) -> None:
+    """Those of a prompt are what its tokens would have had as output; whatever else runs, and
+    although the prefix cache has the prompt."""
+    params = SamplingParams(temperature=0, max_tokens=3, prompt_logprobs=2, n=2)
+    alone = [llm.generate(prompt, params)[0] for prompt in PROMPTS]
+    others = [SamplingParams(temperature=0, max_tokens=40)] * 3
+    together = llm.generate([*["other text"] * 3, *PROMPTS], [*others, *[params] * len(PROMPTS)])
+    for one, many in zip(alone, together[3:], strict=True):
+        assert values(one.prompt_logprobs) == pytest.approx(values(many.prompt_logprobs), abs=1e-4)
+        assert one.outputs == many.outputs
+        token_ids = list(one.prompt_token_ids)
+        assert [entry.token_id for entry in one.prompt_logprobs] == token_ids[1:]
+        for i in (1, len(token_ids) // 2, len(token_ids) - 1):
+            forced = SamplingParams(
+                temperature=0, max_tokens=1, logprobs=2, logit_bias={token_ids[i]: 1e9}
+            )
+            (again,) = llm.generate([token_ids[:i]], forced)
+            found = again.outputs[0].logprobs
+            assert values(found) == pytest.approx(values(one.prompt_logprobs[i - 1 : i]), abs=1e-4)
+
+
+def values(logprobs: Sequence[TokenLogprobs]) -> list[float]:
+    return [v for entry in logprobs for v in (entry.logprob, *dict(entry.top).values())]

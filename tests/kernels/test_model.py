@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from random_models import (
+    MAX_MODEL_LEN,
     VOCAB_SIZE,
     RandomCheckpoint,
     RoundingReference,
@@ -19,6 +20,7 @@ from random_models import (
 )
 
 from tael import _native
+from tael.config import MIN_BUDGET_BLOCKS
 from tael.models.spec import ModelSpec
 
 TOLERANCE = 2e-3
@@ -62,11 +64,91 @@ def test_more_heads_than_rows_of_a_piece_over_partitions() -> None:
 
 
 @pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize("format_name", ["F16", "Q8_0"])
-def test_the_share_of_the_work_does_not_matter(format_name: str) -> None:
+@pytest.mark.parametrize("kv_format", ["q8", "k8v4"])
+@pytest.mark.parametrize("head_dim", [16, 48, 64, 256])
+def test_compressed_blocks_equal_reference(head_dim: int, kv_format: str) -> None:
+    """Over chunks of blocks; the last token sees the block before its own compressed."""
+    spec = random_spec(3, 2, head_dim, [None], kv_format)
+    assert largest_error(spec, 200, num_threads=2) < TOLERANCE
+    assert largest_error(spec, 32, num_threads=2) < TOLERANCE
+
+
+@pytest.mark.parametrize("window", [1, 31, 33, 200])
+@pytest.mark.parametrize("kv_format", ["q8", "k8v4"])
+def test_windows_over_compressed_blocks(window: int, kv_format: str) -> None:
+    spec = random_spec(2, 1, 16, [window], kv_format)
+    assert largest_error(spec, PARTITION + 70, num_threads=2) < TOLERANCE
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("kv_format", ["bf16", "q8"])
+@pytest.mark.parametrize(("heads_per_kv_head", "head_dim"), [(1, 16), (3, 48), (7, 64), (9, 256)])
+def test_sparse_reading_equals_reference(
+    heads_per_kv_head: int, head_dim: int, kv_format: str
+) -> None:
+    """Budgets from the least to all but one block, in turn: dense and sparse tokens alternate."""
+    spec = random_spec(heads_per_kv_head, 2, head_dim, [None], kv_format, key_summaries=True)
+    checkpoint = RandomCheckpoint(spec)
+    length = 32 * 20 + 7
+    budgets = np.array([MIN_BUDGET_BLOCKS, 0, 12, 19, 0, 10], np.int32)[np.arange(length) % 6]
+    tokens = [random_tokens(0, length)]
+    steps = [{0: 600}, {0: length - 601}, {0: 1}]
+    reference = RoundingReference(spec, checkpoint)
+    expected = compute(spec, reference, tokens, steps, budgets)[0]
+    backend = random_cpu_backend(spec, checkpoint, 2)
+    actual = compute(spec, backend, tokens, steps, budgets)[0]
+    assert np.abs(actual - expected).max() < TOLERANCE
+    dense = compute(spec, backend, tokens, steps)[0]
+    assert np.abs(actual - dense)[320:].max() > 10 * TOLERANCE, "the budget changed nothing"
+    np.testing.assert_array_equal(actual[: 32 * 9], dense[: 32 * 9])
+
+
+def test_windows_are_read_whole() -> None:
+    """A budget is of full attention: here the layers are the reference's, which a first layer that
+    left out blocks of its window would not be."""
+    spec = random_spec(3, 2, 32, [400, None], key_summaries=True)
+    checkpoint = RandomCheckpoint(spec)
+    tokens, budgets = [random_tokens(0, 500)], np.full(500, MIN_BUDGET_BLOCKS + 2, np.int32)
+    expected = compute(spec, RoundingReference(spec, checkpoint), tokens, [{0: 500}], budgets)[0]
+    actual = compute(spec, random_cpu_backend(spec, checkpoint, 2), tokens, [{0: 500}], budgets)[0]
+    assert np.quantile(np.abs(actual - expected), 0.99) < TOLERANCE
+
+
+def test_a_budget_needs_summaries() -> None:
+    spec = random_spec(3, 2, 32, [None])
+    backend = random_cpu_backend(spec, RandomCheckpoint(spec), 1)
+    for budget in (MIN_BUDGET_BLOCKS, MIN_BUDGET_BLOCKS - 1):
+        with pytest.raises(IndexError, match="budget"):
+            compute(spec, backend, [random_tokens(0, 9)], [{0: 9}], np.full(9, budget, np.int32))
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("kv_format", ["bf16", "k8v4"])
+def test_sparse_reading_is_of_the_position_only(kv_format: str) -> None:
+    spec = random_spec(3, 2, 32, [None, None], kv_format, key_summaries=True)
+    checkpoint = RandomCheckpoint(spec, "Q8_0")
+    tokens = [random_tokens(i, n) for i, n in enumerate([700, 33, 420])]
+    lengths = [len(sequence) for sequence in tokens]
+    budgets = np.where(np.arange(MAX_MODEL_LEN) < 350, 10, 13).astype(np.int32)
+    whole = [{s: n} for s, n in enumerate(lengths)]
+    expected = compute(spec, random_cpu_backend(spec, checkpoint, 1), tokens, whole, budgets)
+    for num_threads in (1, 2, 3):
+        backend = random_cpu_backend(spec, checkpoint, num_threads)
+        steps = random_steps(num_threads, lengths)
+        actual = compute(spec, backend, tokens, steps, budgets)
+        for logits, right in zip(actual, expected, strict=True):
+            np.testing.assert_array_equal(logits.view(np.uint32), right.view(np.uint32))
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize(
+    ("format_name", "kv_format"),
+    [("F16", "bf16"), ("Q8_0", "bf16"), ("Q8_0", "q8"), ("Q8_0", "k8v4")],
+)
+def test_the_share_of_the_work_does_not_matter(format_name: str, kv_format: str) -> None:
     """Sequences of mixed lengths: each by itself on one thread, and all in random steps on
     several threads, more than there are cores."""
-    spec = random_spec(3, 2, 32, [None, 24, PARTITION + 1])
+    spec = random_spec(3, 2, 32, [None, 24, PARTITION + 1], kv_format)
     checkpoint = RandomCheckpoint(spec, format_name)
     tokens = [random_tokens(i, n) for i, n in enumerate([2 * PARTITION + 3, 1, 33, 60, 544])]
     lengths = [len(sequence) for sequence in tokens]
@@ -126,6 +208,7 @@ def test_a_batch_that_is_none_is_refused() -> None:
             positions[:2] + np.int32(first),
             starts,
             [tables],
+            [],
             last,
             np.full(num_logits, temperature, np.float32),
             np.zeros(num_logits, np.bool_),

@@ -98,6 +98,7 @@ class CacheMachine(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 4),
         extra_chunk=st.integers(0, 12),
         extra_blocks=st.integers(0, 20),
+        compressed=st.sampled_from([(), (0,), (0, 1, 2)]),
     )
     def start(
         self,
@@ -107,9 +108,15 @@ class CacheMachine(RuleBasedStateMachine):
         max_num_seqs: int,
         extra_chunk: int,
         extra_blocks: int,
+        compressed: tuple[int, ...],
     ) -> None:
         self.groups = tuple(
-            CacheGroup(layers=(i,), window=window, block_bytes=100 + i)
+            CacheGroup(
+                layers=(i,),
+                window=window,
+                block_bytes=100 + i,
+                open_block_bytes=1000 if i in compressed else 0,
+            )
             for i, window in enumerate(windows)
         )
         self.block_size = block_size
@@ -120,12 +127,16 @@ class CacheMachine(RuleBasedStateMachine):
             group.num_blocks(MAX_MODEL_LEN, self.chunk, block_size) + extra_blocks
             for group in self.groups
         )
-        self.manager = CacheManager(self.groups, num_blocks, block_size, b"model")
+        num_open_blocks = self.chunk // block_size + 2 * max_num_seqs
+        self.manager = CacheManager(self.groups, num_blocks, block_size, b"model", num_open_blocks)
         config = SchedulerConfig(max_num_seqs, self.chunk)
         drafter = None if seed is None else RandomDrafter(self._next_token, Random(seed))
         self.scheduler = Scheduler(config, self.manager, MAX_MODEL_LEN, drafter)
         self.store: list[list[list[int | None]]] = [
             [[None] * block_size for _ in range(n)] for n in num_blocks
+        ]
+        self.open_store: list[list[list[int | None]]] = [
+            [[None] * block_size for _ in range(num_open_blocks)] for _ in self.groups
         ]
         self.prefixes = Prefixes()
         self.requests: list[Request] = []
@@ -204,6 +215,10 @@ class CacheMachine(RuleBasedStateMachine):
                 assert held == list(range(first, len(table))), "not what the next query needs"
                 assert len(table) == -(-request.num_computed_tokens // self.block_size)
                 kv_bytes += len(held) * group.block_bytes
+            for group, table in zip(self.groups, self.manager.open_tables(request), strict=True):
+                begun = request.num_computed_tokens % self.block_size > 0
+                assert len(table) == (1 if begun and group.open_block_bytes else 0)
+                kv_bytes += len(table) * group.open_block_bytes
             assert self.manager.kv_bytes(request) == kv_bytes <= request.usage.kv_bytes
 
     @invariant()
@@ -217,6 +232,22 @@ class CacheMachine(RuleBasedStateMachine):
             if request.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
                 assert self._ends(request, request.token_ids)
             assert request.usage.num_output_tokens == request.num_output_tokens
+
+    @invariant()
+    def every_prompt_token_is_of_one_class(self) -> None:
+        for request in self.requests:
+            usage = request.usage
+            assert usage.num_prompt_tokens == request.num_prompt_tokens
+            classes = (
+                usage.num_fresh_tokens,
+                usage.num_cached_tokens,
+                usage.num_cache_write_tokens,
+            )
+            assert min(classes) >= 0 and sum(classes) == usage.num_prompt_tokens
+            if request.num_output_tokens > 0 and usage.num_preemptions == 0:
+                # What is fresh was in no complete block, or another request was faster.
+                assert usage.num_cache_write_tokens % self.block_size == 0
+                assert usage.num_fresh_tokens >= request.num_prompt_tokens % self.block_size
 
     def _add(self, prompt: list[int], max_tokens: int | None, salt: str, speculation: bool) -> None:
         request = Request(
@@ -307,25 +338,40 @@ class CacheMachine(RuleBasedStateMachine):
     def _write(self, entry: ScheduledRequest) -> None:
         request, numbers = entry.request, self._numbers(entry)
         start = request.num_computed_tokens
-        for pool, table in zip(self.store, self.manager.block_tables(request), strict=True):
+        for i, group in enumerate(self.groups):
+            table = self.manager.block_tables(request)[i]
             for position in range(start, start + entry.num_scheduled_tokens):
-                block = table[position // self.block_size]
-                pool[block][position % self.block_size] = numbers[position]
+                index, slot = divmod(position, self.block_size)
+                self._open_block(request, i, index)[slot] = numbers[position]
+                if slot == self.block_size - 1 and group.open_block_bytes:
+                    self.store[i][table[index]][:] = self._open_block(request, i, index)
+
+    def _open_block(self, request: Request, group: int, index: int) -> list[int | None]:
+        """Where the tokens of this step in table entry ``index`` are written."""
+        if self.groups[group].open_block_bytes == 0:
+            return self.store[group][self.manager.block_tables(request)[group][index]]
+        table = self.manager.open_tables(request)[group]
+        place = index - request.num_computed_tokens // self.block_size
+        assert 0 <= place < len(table), f"no open block for table entry {index}"
+        return self.open_store[group][table[place]]
 
     def _check_visible(self, entry: ScheduledRequest, num_written: int) -> None:
         """What the queries from ``num_computed_tokens`` on see of the positions before
         ``num_computed_tokens + num_written`` is the KV of the request's own prefix."""
         request, numbers = entry.request, self._numbers(entry)
         start = request.num_computed_tokens
-        for group, pool, table in zip(
-            self.groups, self.store, self.manager.block_tables(request), strict=True
-        ):
+        for i, group in enumerate(self.groups):
+            table = self.manager.block_tables(request)[i]
             first = 0 if group.window is None else max(0, start - group.window + 1)
             for position in range(first, start + num_written):
-                block = table[position // self.block_size]
-                assert block >= 0, f"position {position} was released too early"
-                slot = pool[block][position % self.block_size]
-                assert slot == numbers[position], f"wrong KV at position {position}"
+                index, slot = divmod(position, self.block_size)
+                assert table[index] >= 0, f"position {position} was released too early"
+                complete = self.store[i][table[index]]
+                own = index == start // self.block_size  # of the first query
+                block = self._open_block(request, i, index) if own else complete
+                written = start + num_written
+                if own or (index + 1) * self.block_size <= written or not group.open_block_bytes:
+                    assert block[slot] == numbers[position], f"wrong KV at position {position}"
 
     def _check_published(self) -> None:
         """Whoever finds a block finds it complete."""
@@ -361,7 +407,7 @@ def test_crowds_that_draft(
 ) -> None:
     """Requests that all answer at length, in pools that hold little more than one of them."""
     machine = CacheMachine()
-    machine.start(seed, windows, block_size, 4, extra_chunk=12, extra_blocks=extra_blocks)
+    machine.start(seed, windows, block_size, 4, 12, extra_blocks, compressed=(0, 1, 2))
     random = Random(seed)
     for _ in range(8):
         machine.add(random.choices(ALPHABET, k=random.randint(0, 8)), None, "", True)

@@ -13,9 +13,10 @@ import tael
 ROOT = Path(tael.__file__).parent
 LAYERS = [
     ("cli",),
+    ("server",),
     ("llm", "async_llm", "evals"),
     ("engine",),
-    ("speculative", "cache", "memory"),
+    ("speculative", "cache", "memory", "economics"),
     ("backends", "models", "quant", "loader"),
     ("config", "request"),
     ("errors", "_native"),

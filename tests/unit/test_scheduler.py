@@ -162,3 +162,46 @@ def test_what_just_fits_runs_to_its_end() -> None:
     while request.num_tokens < 48:
         assert step(scheduler).preempted == []
     assert request.usage.kv_bytes == 1200
+
+
+def test_prompt_tokens_written_to_the_cache_are_counted_once() -> None:
+    scheduler = make_scheduler(budget=4, num_blocks=4, max_model_len=16)
+    a, b = add(scheduler, "a", 2), add(scheduler, "b", 10)
+    for _ in range(4):
+        step(scheduler)
+    assert (b.usage.num_cached_tokens, b.usage.num_cache_write_tokens) == (0, 8)
+    assert b.usage.num_fresh_tokens == 2, "the block that is not full"
+    while a.num_tokens < 16:  # it takes all blocks, and what b had published with them
+        step(scheduler)
+    assert b.usage.num_preemptions == 1
+    scheduler.finish(a, FinishReason.LENGTH)
+    for _ in range(5):
+        step(scheduler)
+    assert b.num_computed_tokens > 10
+    assert b.usage.num_cache_write_tokens == 8, "though they were computed, and offered, again"
+    scheduler.finish(b, FinishReason.LENGTH)
+    c = add(scheduler, "b", 10)
+    step(scheduler)
+    assert (c.usage.num_cached_tokens, c.usage.num_cache_write_tokens) == (8, 0)
+
+
+def test_of_two_that_compute_a_block_at_once_one_writes_it() -> None:
+    scheduler = make_scheduler(budget=16)
+    a, b = add(scheduler, "x", 8), add(scheduler, "x", 8)
+    step(scheduler)
+    assert [r.usage.num_cache_write_tokens for r in (a, b)] == [8, 0]
+    assert b.usage.num_fresh_tokens == 8
+
+
+def test_held_bytes_are_integrated_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("tael.engine.scheduler.time.monotonic", lambda: now)
+    scheduler = make_scheduler(budget=16)
+    request = add(scheduler, "a", 4)  # a block of 100 bytes
+    step(scheduler)
+    now = 2.0
+    step(scheduler)  # 2 s later it needs another one
+    now = 5.0
+    scheduler.finish(request, FinishReason.STOP)
+    assert request.usage.kv_byte_s == 2 * 100 + 3 * 200
+    assert request.usage.kv_bytes == 200

@@ -58,7 +58,9 @@ class SimulatedBackend:
         self.scheduler = scheduler
         return 0
 
-    def bind_kv(self, pools: list[NDArray[np.uint8]]) -> None:
+    def bind_kv(
+        self, pools: Sequence[NDArray[np.uint8]], open_pools: Sequence[NDArray[np.uint8]]
+    ) -> None:
         self.blocks = [pool[:, : 4 * BLOCK_SIZE].view(np.int32) for pool in pools]
 
     def forward(self, batch: ForwardBatch) -> HeadOutput:

@@ -7,13 +7,11 @@
 // rounded to bf16, as K and V are, and multiplied in pairs (vdpbf16ps where the CPU has it).
 #pragma once
 
+#include "kernels/kv_block/unpack.hpp"
 #include "kernels/math.hpp"
 #include "kernels/types.hpp"
 
 namespace tael {
-
-constexpr int kChunkBlocks = 4;
-constexpr int kChunkTokens = kChunkBlocks * kBlockTokens;
 
 template <class S> struct AttentionKernel {
   using F = typename S::F;
@@ -24,7 +22,7 @@ template <class S> struct AttentionKernel {
   static const float* output(const float* state) { return state + 16; }
 
   static void partition(const AttentionTask& task, int index, float* states) {
-    const int64_t stride = attention_state_floats(task.kv->head_dim);
+    const int64_t stride = attention_state_floats(task.head_dim);
     for (int r = 0; r < task.num_rows(); ++r) {
       float* state = states + r * stride;
       for (int64_t i = 0; i < stride; i += 16) S::store(state + i, S::zero());
@@ -44,9 +42,7 @@ template <class S> struct AttentionKernel {
       const int64_t last_block = (last - 1) / kBlockTokens;
       for (int b = chunk.first_block; b < chunk.num_blocks(); ++b) {
         const int64_t i = chunk.start / kBlockTokens + b;
-        chunk.keys[b] = task.kv->keys(task.block_table[i], task.kv_head);
-        chunk.next_keys[b] =
-            task.kv->keys(task.block_table[i + kChunkBlocks < last_block ? i + kChunkBlocks : last_block], task.kv_head);
+        find_block(task, i, i + kChunkBlocks < last_block ? i + kChunkBlocks : last_block, b, chunk);
       }
       add_rows<S::kAttentionRows>(task, chunk, states, stride, 0);
     }
@@ -83,6 +79,24 @@ template <class S> struct AttentionKernel {
     int num_blocks() const { return (num_valid + kBlockTokens - 1) / kBlockTokens; }
   };
 
+  // Block i of the sequence becomes block b of the chunk; `next` will be needed in its place.
+  static void find_block(const AttentionTask& task, int64_t i, int64_t next, int b, Chunk& chunk) {
+    const int64_t open = task.first_position / kBlockTokens;
+    const auto complete = [&](int64_t block) { return task.complete->head(task.block_table[block], task.kv_head); };
+    if (task.format == KVFormat::BF16) {
+      chunk.keys[b] = i == open ? task.open : (const uint16_t*)complete(i);
+      chunk.next_keys[b] = next == open ? task.open : (const uint16_t*)complete(next);
+      return;
+    }
+    uint16_t* room = task.unpacked + b * 2 * int64_t(kBlockTokens) * task.head_dim;
+    if (i != open) {
+      unpack_head<S>(task.format, complete(i), task.head_dim, room);
+      if (next != open)
+        for (int64_t at = 0; at < task.complete->head_bytes; at += 64) __builtin_prefetch(complete(next) + at, 0, 2);
+    }
+    chunk.keys[b] = chunk.next_keys[b] = i == open ? task.open : room;
+  }
+
   static float first_lane(F a) {
     float lanes[16];
     S::store(lanes, a);
@@ -104,7 +118,7 @@ template <class S> struct AttentionKernel {
     alignas(64) float scores[R][kChunkTokens];
     alignas(64) uint16_t weights[R][kChunkTokens];
     float rescale[R];
-    const int head_dim = task.kv->head_dim;
+    const int head_dim = task.head_dim;
     for (int b = chunk.first_block; b < chunk.num_blocks(); ++b)
       add_keys<R>(head_dim, task.query(first_row), chunk.keys[b], chunk.next_keys[b], scores[0] + b * kBlockTokens);
     bool any = false;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,13 @@ from numpy.typing import NDArray
 
 from tael import _native
 from tael.backends.base import NUM_CANDIDATES, ForwardBatch, HeadOutput
-from tael.config import BLOCK_SIZE, SchedulerConfig
+from tael.config import BLOCK_SIZE, MIN_BUDGET_BLOCKS, SchedulerConfig
 from tael.errors import TaelError
 from tael.loader.tile_file import TileFile
 from tael.models.spec import Attention, LayerSpec, ModelSpec, Rope, cache_groups
 
-if _native.BLOCK_TOKENS != BLOCK_SIZE:
-    raise ImportError("tael._native was built for another block size; build it again.")
+if _native.BLOCK_TOKENS != BLOCK_SIZE or _native.MIN_BUDGET_BLOCKS != MIN_BUDGET_BLOCKS:
+    raise ImportError("tael._native was built for other block sizes; build it again.")
 
 
 class CPUBackend:
@@ -37,13 +38,20 @@ class CPUBackend:
         embedding = self._matrix("embed_tokens.weight")
         lm_head = embedding if spec.tie_word_embeddings else self._matrix("lm_head.weight")
         self._native.set_ends(embedding, lm_head, self._vector("norm.weight"))
-        places = {
-            layer: (group, offset)
-            for group, cache_group in enumerate(cache_groups(spec, BLOCK_SIZE))
-            for layer, offset in _layer_offsets(spec.layers, cache_group.layers)
-        }
+        places: dict[int, dict[str, int]] = {}
+        for g, group in enumerate(cache_groups(spec, BLOCK_SIZE)):
+            offset = open_offset = 0
+            for i in group.layers:
+                places[i] = {
+                    "cache_group": g,
+                    "layer_offset": offset,
+                    "open_layer_offset": open_offset,
+                }
+                cache = spec.layers[i].mixer.cache_spec
+                offset += BLOCK_SIZE * cache.bytes_per_token
+                open_offset += BLOCK_SIZE * cache.open_bytes_per_token
         for i, layer in enumerate(spec.layers):
-            self._add_layer(f"layers.{i}.", layer, *places[i])
+            self._add_layer(f"layers.{i}.", layer, places[i])
 
     @property
     def weights_bytes(self) -> int:
@@ -59,9 +67,11 @@ class CPUBackend:
         )
         return self._native.workspace_bytes
 
-    def bind_kv(self, pools: list[NDArray[np.uint8]]) -> None:
+    def bind_kv(
+        self, pools: Sequence[NDArray[np.uint8]], open_pools: Sequence[NDArray[np.uint8]] = ()
+    ) -> None:
         for group, pool in enumerate(pools):
-            self._native.bind_kv(group, pool)
+            self._native.bind_kv(group, pool, open_pools[group] if open_pools else None)
 
     def forward(self, batch: ForwardBatch) -> HeadOutput:
         if os.getpid() != self._process:  # it would wait for them forever
@@ -73,18 +83,20 @@ class CPUBackend:
             batch.positions,
             batch.query_start,
             list(batch.block_tables),
+            list(batch.open_tables),
             batch.logits_indices,
             batch.temperatures,
             batch.full_logits,
+            batch.kv_budgets,
         )
         return HeadOutput(*output, draw=self._native.draw)
 
-    def _add_layer(self, prefix: str, layer: LayerSpec, group: int, offset: int) -> None:
+    def _add_layer(self, prefix: str, layer: LayerSpec, place: dict[str, int]) -> None:
         mixer, ffn = layer.mixer, layer.ffn
-        if mixer.head_dim % 16:
+        if mixer.head_dim % 16 or mixer.head_dim > _native.MAX_HEAD_DIM:
             raise TaelError(
                 f"attention heads of {mixer.head_dim} channels are not supported by the cpu "
-                "backend, which needs a multiple of 16."
+                f"backend, which needs a multiple of 16 up to {_native.MAX_HEAD_DIM}."
             )
         self._native.add_layer(
             attention={
@@ -94,8 +106,9 @@ class CPUBackend:
                 "scale": mixer.scale,
                 "window": mixer.window,
                 "rope": self._rope(mixer),
-                "cache_group": group,
-                "layer_offset": offset,
+                "kv_format": mixer.kv_format,
+                "key_summaries": mixer.key_summaries,
+                **place,
                 **{role: self._matrix(f"{prefix}{role}_proj.weight") for role in "qkvo"},
                 **{f"{role}_bias": self._vector(f"{prefix}{role}_proj.bias") for role in "qkvo"},
                 **{f"{role}_norm": self._vector(f"{prefix}{role}_norm.weight") for role in "qk"},
@@ -152,14 +165,3 @@ def available_cores() -> int:
         if limit != "max":
             cores = min(cores or 1, round(int(limit) / int(period)))
     return max(1, cores or 1)
-
-
-def _layer_offsets(
-    layers: tuple[LayerSpec, ...], members: tuple[int, ...]
-) -> list[tuple[int, int]]:
-    """(layer, bytes before it in a block) of one cache group."""
-    offsets, offset = [], 0
-    for i in members:
-        offsets.append((i, offset))
-        offset += BLOCK_SIZE * layers[i].mixer.cache_spec.bytes_per_token
-    return offsets

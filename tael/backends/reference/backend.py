@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tael.backends.base import ForwardBatch, HeadOutput
+from tael.backends.reference.block_selection import chosen_blocks
 from tael.backends.reference.head import head_output
 from tael.backends.reference.kv_cache import KVCache
 from tael.backends.reference.layers import (
@@ -18,7 +20,7 @@ from tael.backends.reference.layers import (
     rms_norm,
     rotary,
 )
-from tael.config import SchedulerConfig
+from tael.config import BLOCK_SIZE, SchedulerConfig
 from tael.loader.checkpoint import Checkpoint
 from tael.loader.weights import read_parameter
 from tael.models.spec import Attention, Dense, ModelSpec
@@ -48,7 +50,9 @@ class ReferenceBackend:
     def reserve(self, scheduler: SchedulerConfig, max_model_len: int) -> int:
         return scheduler.max_num_logits * self.spec.vocab_size * 4  # the logits
 
-    def bind_kv(self, pools: list[NDArray[np.uint8]]) -> None:
+    def bind_kv(
+        self, pools: Sequence[NDArray[np.uint8]], open_pools: Sequence[NDArray[np.uint8]] = ()
+    ) -> None:
         self.kv_cache = KVCache(self.spec, [len(pool) for pool in pools])
 
     def forward(self, batch: ForwardBatch) -> HeadOutput:
@@ -87,18 +91,78 @@ class ReferenceBackend:
         k = rotary(k, batch.positions, mixer.rope)
 
         mixed = np.empty((len(x), mixer.num_heads * mixer.head_dim), np.float32)
-        for s in range(len(batch.query_start) - 1):
-            tokens = slice(batch.query_start[s], batch.query_start[s + 1])
-            positions = batch.positions[tokens]
+        for s, end in enumerate(batch.query_start[1:]):
+            tokens = np.arange(batch.query_start[s], end)
             table = batch.block_tables[self.kv_cache.group_of_layer[layer]][s]
-            self.kv_cache.write(layer, table, positions, k[tokens], v[tokens])
-            start = 0 if mixer.window is None else max(0, positions[0] - mixer.window + 1)
-            seen = np.arange(start, positions[-1] + 1, dtype=np.int32)
-            keys, values = self.kv_cache.read(layer, table, seen)
-            mixed[tokens] = self.attend(
-                q[tokens], keys, values, positions, seen, mixer.scale, mixer.window
-            )
+            self.kv_cache.write(layer, table, batch.positions[tokens], k[tokens], v[tokens])
+            blocks = batch.positions[tokens] // BLOCK_SIZE
+            budgets = np.zeros(len(tokens), np.int32)
+            if batch.kv_budgets is not None and mixer.window is None:
+                budgets = np.where(blocks < batch.kv_budgets[tokens], 0, batch.kv_budgets[tokens])
+            for block in np.unique(blocks):
+                own = tokens[(blocks == block) & (budgets == 0)]
+                if len(own):
+                    mixed[own] = self._attend_all(q[own], mixer, layer, table, batch.positions[own])
+            for token, budget in zip(tokens[budgets > 0], budgets[budgets > 0], strict=True):
+                position = int(batch.positions[token])
+                mixed[token] = self._attend_some(q[token], mixer, layer, table, position, budget)
         return linear(mixed, p["o_proj.weight"], p.get("o_proj.bias"))
+
+    def _attend_all(
+        self,
+        q: Float32,
+        mixer: Attention,
+        layer: int,
+        table: NDArray[np.int32],
+        positions: NDArray[np.int32],
+    ) -> Float32:
+        """Queries [T, H, D] of one block over all that they see."""
+        start = 0 if mixer.window is None else max(0, positions[0] - mixer.window + 1)
+        seen = np.arange(start, positions[-1] + 1, dtype=np.int32)
+        keys, values = self.kv_cache.read(layer, table, seen, positions[0] // BLOCK_SIZE)
+        return self.attend(q, keys, values, positions, seen, mixer.scale, mixer.window)
+
+    def _attend_some(
+        self,
+        q: Float32,
+        mixer: Attention,
+        layer: int,
+        table: NDArray[np.int32],
+        position: int,
+        budget: int,
+    ) -> Float32:
+        """Queries [H, D] of one token over ``budget`` blocks, chosen for each KV head."""
+        own = position // BLOCK_SIZE
+        least, largest = self.kv_cache.summaries(layer, table[:own])
+        grouped = q.reshape(mixer.num_kv_heads, -1, mixer.head_dim)
+        mixed = []
+        for head, queries in enumerate(grouped):
+            blocks = chosen_blocks(
+                self.scored(queries, mixer.scale), least[:, head], largest[:, head], budget
+            )
+            seen = (blocks[:, None] * BLOCK_SIZE + np.arange(BLOCK_SIZE)).ravel()
+            seen = np.append(seen, np.arange(own * BLOCK_SIZE, position + 1)).astype(np.int32)
+            keys, values = self.kv_cache.read(layer, table, seen, own)
+            # As if the sequence had no other blocks.
+            places = np.arange(len(seen), dtype=np.int32)
+            mixed.append(
+                self.attend(
+                    queries[None],
+                    keys[:, head : head + 1],
+                    values[:, head : head + 1],
+                    places[-1:],
+                    places,
+                    mixer.scale,
+                    None,
+                )
+            )
+        heads: Float32 = np.concatenate(mixed, axis=1)[0]
+        return heads
+
+    @staticmethod
+    def scored(q: Float32, scale: float) -> Float32:
+        """The queries whose scores with the summaries choose the blocks."""
+        return np.float32(scale) * q
 
 
 def _dense(ffn: Dense, p: dict[str, Float32], x: Float32) -> Float32:

@@ -1,0 +1,165 @@
+"""``tael bench context``: up to what length a mode answers well, what it loses, what it costs."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from tael.cli.common import TransferBar, byte_size
+
+if TYPE_CHECKING:
+    from tael.evals.context.suite import Cell
+
+COUNT = click.IntRange(min=1)
+COUNT.name = "N"
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    """Of a list such as 1K,4K,32768."""
+    try:
+        parts = [part.strip().upper() for part in text.split(",")]
+        lengths = {int(p[:-1]) * 1024 if p.endswith("K") else int(p) for p in parts}
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is no list of lengths such as 1K,8K") from None
+    if min(lengths) < 512:
+        raise click.BadParameter("a context below 512 tokens holds no haystack")
+    return tuple(sorted(lengths))
+
+
+@click.command("context")
+@click.argument("model")
+@click.option(
+    "--mode",
+    "mode_texts",
+    multiple=True,
+    metavar="NAME=SETTING:VALUE,...",
+    help="Compare with the exact model; may be given several times.",
+)
+@click.option(
+    "--lengths",
+    default="1K,2K,4K,8K",
+    type=_lengths,
+    metavar="N,...",
+    show_default=True,
+    help="Contexts, in tokens.",
+)
+@click.option("--tasks", metavar="NAME,...", help="Only these.  [default: all]")
+@click.option(
+    "--samples", default=8, type=COUNT, show_default=True, help="Haystacks a task and length."
+)
+@click.option(
+    "--questions",
+    default=8,
+    type=click.IntRange(1, 24),
+    metavar="N",
+    show_default=True,
+    help="About each haystack, at most; tasks of several facts a question ask fewer.",
+)
+@click.option(
+    "--texts",
+    default=4,
+    type=click.IntRange(min=0),
+    metavar="N",
+    show_default=True,
+    help="Texts a length for the divergence of distributions; 0: none.",
+)
+@click.option("--seed", default=0, metavar="N", show_default=True, help="Of all samples.")
+@click.option(
+    "--slo-first", default=60.0, metavar="S", show_default=True, help="Seconds to the first token."
+)
+@click.option(
+    "--slo-token", default=100.0, metavar="MS", show_default=True, help="Milliseconds a token."
+)
+@click.option("--slo-memory", type=byte_size, metavar="SIZE", help="Peak of the process.")
+@click.option(
+    "--memory",
+    type=byte_size,
+    metavar="SIZE",
+    help="Memory for everything; what does not fit has failed.",
+)
+@click.option("--threads", type=int, metavar="N", help="Threads to compute with.")
+@click.option(
+    "--json",
+    "json_path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write everything, down to the answers.",
+)
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.png",
+    help="Draw quality against KV bytes and against time per token.",
+)
+def command(
+    model: str,
+    mode_texts: tuple[str, ...],
+    lengths: tuple[int, ...],
+    tasks: str | None,
+    samples: int,
+    questions: int,
+    texts: int,
+    seed: int,
+    slo_first: float,
+    slo_token: float,
+    slo_memory: int | None,
+    memory: int | None,
+    threads: int | None,
+    json_path: Path | None,
+    plot: Path | None,
+) -> None:
+    """Measure the effective context of a model, and what --mode settings lose against it:
+    questions about haystacks that were read before the questions were known."""
+    from tael import __version__
+    from tael.backends.cpu.backend import chosen_isa
+    from tael.config import EngineConfig
+    from tael.evals.context.modes import parse_mode
+    from tael.evals.context.plot import plot_quality
+    from tael.evals.context.report import Slo, render, to_json
+    from tael.evals.context.suite import Settings, run_suite
+    from tael.evals.context.tasks import TASKS, parse_tasks
+    from tael.evals.context.texts import fetch_texts
+    from tael.loader.sources import resolve
+
+    settings = Settings(
+        model=model,
+        modes=tuple(parse_mode(text) for text in mode_texts),
+        lengths=lengths,
+        tasks=tuple(TASKS) if tasks is None else parse_tasks(tasks),
+        num_samples=samples,
+        num_questions=questions,
+        num_texts=texts,
+        seed=seed,
+        config=EngineConfig(memory_bytes=memory, num_threads=threads),
+    )
+    slo = Slo(slo_first, slo_token / 1000, slo_memory)
+    with TransferBar() as progress:
+        resolve(model, progress=progress)
+        fetch_texts(progress)
+    result = run_suite(settings, show=_show)
+    click.echo(render(result, slo))
+    if json_path:
+        machine = {
+            "tael": __version__,
+            "python": platform.python_version(),
+            "isa": chosen_isa(),
+            "num_threads": threads,
+        }
+        report = {**machine, **to_json(result, slo)}
+        json_path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if plot:
+        plot_quality(plot, result, title=f"{Path(model).name}: quality against cost")
+
+
+def _show(mode: str, length: int, cell: Cell) -> None:
+    """One line on stderr while the next cell runs."""
+    if cell.error is not None:
+        text = f"failed: {cell.error}"
+    else:
+        scores = [a.score for task in cell.answers.values() for sample in task for a in sample]
+        text = f"{len(scores)} questions, mean score {sum(scores) / max(1, len(scores)):.3f}"
+    click.echo(f"tael: {mode} at {length:,} tokens: {text}", err=True)

@@ -1,0 +1,1 @@
+"""What requests cost: usage, rate cards, the ledger and the keys that it bills."""

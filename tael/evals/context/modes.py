@@ -1,0 +1,53 @@
+"""A mode: a name, and what it changes in the settings of an engine."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from tael.config import EngineConfig
+from tael.errors import TaelError
+
+NOT_A_MODE = {"backend", "memory_bytes", "max_model_len", "num_threads", "scheduler"}
+"""Settings that the suite makes the same for all modes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    name: str
+    settings: dict[str, str | int | bool] = field(default_factory=dict)
+    """Fields of ``EngineConfig``."""
+
+    def config(self, base: EngineConfig) -> EngineConfig:
+        return dataclasses.replace(base, **self.settings)  # type: ignore[arg-type]
+
+
+EXACT = Mode("exact")
+
+
+def parse_mode(text: str) -> Mode:
+    """``NAME=SETTING:VALUE,...``, such as ``frugal=kv_format:q8,kv_budget:2048``. Raises TaelError
+    if there is no such setting or the value is not of its kind."""
+    name, _, rest = text.partition("=")
+    kinds = {f.name: str(f.type) for f in dataclasses.fields(EngineConfig)}
+    settings = {}
+    for part in rest.split(","):
+        setting, _, value = part.partition(":")
+        if setting not in kinds or setting in NOT_A_MODE:
+            known = ", ".join(sorted(kinds.keys() - NOT_A_MODE))
+            raise TaelError(f"a mode has no setting {setting!r}; known are {known}.")
+        settings[setting] = _value(setting, value, kinds[setting])
+    if not name or name == EXACT.name:
+        raise TaelError(f"cannot read the mode {text!r}; write NAME=SETTING:VALUE,...")
+    return Mode(name, settings)
+
+
+def _value(setting: str, text: str, kind: str) -> str | int | bool:
+    if kind == "bool" and text in ("on", "off"):
+        return text == "on"
+    if kind.startswith("int") and text.isdecimal():
+        return int(text)
+    if kind.startswith("str") and text:
+        return text
+    wanted = {"bool": "on or off"}.get(kind, "a number" if kind.startswith("int") else "a name")
+    raise TaelError(f"{setting}:{text} is no setting of a mode; give {wanted}.")

@@ -1,0 +1,179 @@
+"""All modes at all lengths on the same samples, each cell in a process of its own.
+
+A process of its own makes peak memory that of one cell, and a cell that runs out of memory a
+result, a failure, instead of the end of the run.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import fmean
+from typing import TypeAlias
+
+import numpy as np
+
+from tael.config import EngineConfig
+from tael.errors import TaelError
+from tael.evals.context.cell import Answer, Cost, answer_all, answer_log_likelihoods
+from tael.evals.context.divergence import Divergence, divergence, forced_rows, make_texts
+from tael.evals.context.modes import EXACT, Mode
+from tael.evals.context.sample import Sample
+from tael.evals.context.tasks import make_samples
+from tael.llm import open_engine
+from tael.loader.prepared import load_prepared
+from tael.loader.sources import resolve
+
+GATE = 0.7
+"""A task counts if the exact model scores this at the shortest length: of one it cannot do, its
+answers tell nothing about a mode."""
+
+Samples: TypeAlias = dict[str, list[Sample]]
+"""By task."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What is measured."""
+
+    model: str
+    modes: tuple[Mode, ...]
+    """Besides the exact one."""
+    lengths: tuple[int, ...]
+    tasks: tuple[str, ...]
+    num_samples: int
+    """Haystacks of each task and length."""
+    num_questions: int
+    num_texts: int
+    """For the divergence. 0: none."""
+    seed: int
+    config: EngineConfig
+    """Of the exact mode, its ``max_model_len`` aside."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One mode at one length."""
+
+    answers: dict[str, list[list[Answer]]]
+    """By task, for each sample those to its questions. Without the tasks that do not count,
+    except in the first cell, which tells which do. After a failure all have the score 0."""
+    log_likelihoods: dict[str, list[list[float]]]
+    """Of the right answers, for the tasks that do not count."""
+    cost: Cost | None
+    divergence: Divergence | None
+    error: str | None = None
+    """Why there is nothing: the mode does not serve this length here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    settings: Settings
+    counted: tuple[str, ...]
+    """Tasks."""
+    samples: dict[int, Samples]
+    """By length."""
+    cells: dict[tuple[str, int], Cell]
+    """By mode and length."""
+
+
+def run_suite(settings: Settings, show: Callable[[str, int, Cell], None]) -> Result:
+    """Measure everything, from the shortest length to the longest and the exact mode first.
+    ``show`` is told of every cell when it is done. Raises TaelError if samples cannot be made or
+    the exact model does not run at the shortest length."""
+    tokenizer = load_prepared(resolve(settings.model)).tokenizer
+    counted: tuple[str, ...] | None = None
+    all_samples: dict[int, Samples] = {}
+    cells: dict[tuple[str, int], Cell] = {}
+    for length in sorted(settings.lengths):
+        samples = {
+            task: make_samples(
+                tokenizer,
+                task,
+                length,
+                num_samples=settings.num_samples,
+                num_questions=settings.num_questions,
+                seed=settings.seed,
+            )
+            for task in settings.tasks
+        }
+        texts = make_texts(tokenizer, length, settings.num_texts, settings.seed)
+        all_samples[length] = samples
+        with tempfile.TemporaryDirectory() as folder:
+            for mode in (EXACT, *settings.modes):
+                config = replace(mode.config(settings.config), max_model_len=length)
+                job = _Job(settings.model, config, samples, counted, texts, Path(folder))
+                cells[mode.name, length] = cell = _run_isolated(job)
+                if counted is None:
+                    if cell.error is not None:
+                        raise TaelError(cell.error)
+                    counted = _counted(cell.answers)
+                show(mode.name, length, cell)
+    assert counted is not None
+    return Result(settings, counted, all_samples, cells)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    model: str
+    config: EngineConfig
+    samples: Samples
+    counted: tuple[str, ...] | None
+    """None: not known yet."""
+    texts: list[list[int]]
+    folder: Path
+    """Where the exact mode leaves its distributions for the others."""
+
+
+def _run_isolated(job: _Job) -> Cell:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
+        try:
+            return executor.submit(_run, job).result()
+        except TaelError as error:
+            return _failure(job, str(error))
+        except BrokenProcessPool:
+            return _failure(job, "the process was ended from outside, for its memory perhaps")
+
+
+def _failure(job: _Job, error: str) -> Cell:
+    answers = {
+        task: [[Answer("", 0.0) for _ in sample.questions] for sample in job.samples[task]]
+        for task in job.counted or ()
+    }
+    return Cell(answers, {}, None, None, error)
+
+
+def _run(job: _Job) -> Cell:
+    engine = open_engine(job.model, job.config)
+    if engine.max_model_len < (job.config.max_model_len or 0):
+        raise TaelError(
+            f"a context of {job.config.max_model_len} tokens does not fit; {engine.max_model_len} "
+            "do."
+        )
+    asked = job.samples if job.counted is None else {t: job.samples[t] for t in job.counted}
+    answers, cost = answer_all(engine, asked)
+    counted = _counted(answers) if job.counted is None else job.counted
+    forced = {task: samples for task, samples in job.samples.items() if task not in counted}
+    log_likelihoods = answer_log_likelihoods(engine, forced)
+    rows = list(forced_rows(engine, job.texts))
+    paths = [job.folder / f"{i}.npy" for i in range(len(rows))]
+    for path, exact_rows in zip(paths, rows, strict=True):
+        if not path.exists():  # of the exact mode, which runs first
+            np.save(path, exact_rows)
+    exact = [np.load(path, mmap_mode="r") for path in paths]
+    return Cell(
+        answers, log_likelihoods, cost, divergence(exact, rows, job.texts) if rows else None
+    )
+
+
+def _counted(answers: dict[str, list[list[Answer]]]) -> tuple[str, ...]:
+    return tuple(
+        task
+        for task, samples in answers.items()
+        if fmean(answer.score for sample in samples for answer in sample) >= GATE
+    )

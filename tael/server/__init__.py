@@ -1,0 +1,1 @@
+"""The HTTP server: OpenAI and Anthropic dialects over an engine in a process of its own."""

@@ -1,0 +1,162 @@
+"""Bounds, rates and the fair order, with a clock that the test turns."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+
+from tael.economics.keys import Key
+from tael.economics.rate_card import ServiceTier
+from tael.server.admission import Admission, Limits
+from tael.server.errors import ApiError
+
+pytest.importorskip("fastapi")
+
+
+class Clock:
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def key(name: str, **limits: Any) -> Key:
+    return Key(name, name, name, **limits)
+
+
+def run(main: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(main)
+
+
+async def order(
+    requests: list[tuple[Key, int]], num_seqs: int = 1, tiers: list[ServiceTier] | None = None
+) -> list[str]:
+    """The keys of requests, all there at once, in the order in which they get their turn."""
+    admission = Admission(Limits(), num_seqs)
+    served: list[str] = []
+
+    async def one(caller: Key, num_tokens: int, tier: ServiceTier) -> None:
+        taken = await admission.turn(caller, num_tokens, 1, tier)
+        served.append(caller.key_id)
+        await asyncio.sleep(0)
+        admission.done(taken)
+
+    tiers = tiers or ["default"] * len(requests)
+    await asyncio.gather(*(one(*r, tier) for r, tier in zip(requests, tiers, strict=True)))
+    assert admission.num_waiting == 0
+    return served
+
+
+def test_a_greedy_key_does_not_delay_another() -> None:
+    async def main() -> None:
+        served = await order([(key("a"), 100)] * 20 + [(key("b"), 100)])
+        assert served.index("b") <= 2
+
+    run(main())
+
+
+def test_weights_and_tiers_share_tokens() -> None:
+    async def main() -> None:
+        a, b = key("a", weight=3), key("b")
+        served = await order([(a, 100)] * 12 + [(b, 100)] * 12)
+        assert served[:12].count("a") == 9
+        served = await order([(b, 100)] * 12 + [(key("c"), 300)] * 12)
+        assert served[:12].count("b") == 9
+        tiers: list[ServiceTier] = ["flex"] * 12 + ["default"] * 12
+        served = await order([(key("c"), 100)] * 12 + [(key("d"), 100)] * 12, tiers=tiers)
+        assert served[:10].count("d") == 8
+
+    run(main())
+
+
+def test_no_more_sequences_than_the_engine_computes() -> None:
+    async def main() -> None:
+        admission = Admission(Limits(), 4)
+        assert await admission.turn(key("a"), 1, 3, "default") == 3
+        second = asyncio.create_task(admission.turn(key("a"), 1, 2, "default"))
+        third = asyncio.create_task(admission.turn(key("a"), 1, 1, "default"))
+        await asyncio.sleep(0)
+        assert not second.done() and not third.done() and admission.num_waiting == 2
+        admission.done(3)
+        assert await second == 2 and await third == 1
+        # One that is larger than the engine runs alone.
+        large = asyncio.create_task(admission.turn(key("a"), 1, 100, "default"))
+        admission.done(3)
+        assert await large == 4
+
+    run(main())
+
+
+def test_who_leaves_the_queue_is_passed_over() -> None:
+    async def main() -> None:
+        admission = Admission(Limits(), 1)
+        await admission.turn(key("a"), 1, 1, "default")
+        gone = asyncio.create_task(admission.turn(key("a"), 1, 1, "default"))
+        stays = asyncio.create_task(admission.turn(key("a"), 1, 1, "default"))
+        await asyncio.sleep(0)
+        gone.cancel()
+        await asyncio.sleep(0)
+        admission.done(1)
+        assert await stays == 1
+
+    run(main())
+
+
+def test_the_queue_has_a_deadline() -> None:
+    async def main() -> None:
+        admission = Admission(Limits(queue_timeout_s=0.0), 1)
+        await admission.turn(key("a"), 1, 1, "default")
+        with pytest.raises(ApiError) as caught:
+            await admission.turn(key("b"), 1, 1, "default")
+        assert (caught.value.status, caught.value.code) == (503, "queue_timeout")
+        assert "retry-after" in caught.value.headers
+        admission.done(1)
+        assert await admission.turn(key("b"), 1, 1, "default") == 1
+
+    run(main())
+
+
+def test_bounds_of_the_server() -> None:
+    admission = Admission(Limits(max_requests=2, max_tokens=100), 1)
+    with admission.request(key("a")), admission.request(key("b")):
+        with pytest.raises(ApiError) as caught, admission.request(key("c")):
+            pass
+        assert caught.value.status == 503 and "retry-after" in caught.value.headers
+        with admission.tokens(key("a"), 60):
+            with pytest.raises(ApiError) as caught, admission.tokens(key("b"), 50):
+                pass
+            assert caught.value.status == 503
+        with pytest.raises(ApiError) as caught, admission.tokens(key("a"), 101):
+            pass
+        assert caught.value.status == 400  # it would never fit
+    assert admission.num_requests == admission.num_tokens == 0
+
+
+def test_bounds_of_a_key() -> None:
+    clock = Clock()
+    admission = Admission(Limits(), 1, clock=clock)
+    caller = key("a", max_concurrency=1, requests_per_min=2, tokens_per_min=600)
+    with admission.request(caller):
+        with pytest.raises(ApiError) as caught, admission.request(caller):
+            pass
+        assert caught.value.status == 429
+        with admission.request(key("other")):
+            pass
+        with admission.tokens(caller, 500) as price:
+            price.num_used_tokens = 100
+        with pytest.raises(ApiError) as caught, admission.tokens(caller, 501):
+            pass
+        assert (caught.value.status, caught.value.code) == (429, "rate_limit_exceeded")
+        assert caught.value.headers["retry-after-ms"] == "100"
+        assert caught.value.headers["x-ratelimit-remaining-tokens"] == "500"
+    with admission.request(caller):
+        pass
+    with pytest.raises(ApiError) as caught, admission.request(caller):
+        pass
+    assert caught.value.headers["x-ratelimit-remaining-requests"] == "0"
+    clock.now_s += 30
+    with admission.request(caller):
+        pass
