@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -90,9 +91,7 @@ def command(
     stall_timeout: float,
     drain_timeout: float,
     max_body: int,
-    memory: int | None,
-    threads: int | None,
-    context: int | None,
+    settings: dict[str, Any],
     speculation: bool,
 ) -> None:
     """Serve MODEL to clients of the OpenAI and Anthropic APIs until Ctrl-C or SIGTERM; then what
@@ -127,11 +126,9 @@ def command(
         model=name or _shown(model),
         engine=EngineSettings(
             model=str(path),
-            memory_bytes=memory,
-            max_model_len=context,
-            num_threads=threads,
             speculation=speculation,
             max_num_seqs=parallel,
+            **settings,
         ),
         host=host,
         port=port,

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from queue import SimpleQueue
 
+import msgspec
+
 from tael.engine.engine import Engine
 from tael.engine.grammar import GrammarCompiler, TokenMask
 from tael.errors import TaelError
@@ -187,15 +189,7 @@ def main(socket_path: str) -> None:
         settings = next(link.receive(60))
         assert isinstance(settings, EngineSettings)
         try:
-            llm = LLM(
-                settings.model,
-                memory=settings.memory_bytes,
-                max_model_len=settings.max_model_len,
-                num_threads=settings.num_threads,
-                backend=settings.backend,
-                max_num_seqs=settings.max_num_seqs,
-                speculation=settings.speculation,
-            )
+            llm = LLM(**msgspec.structs.asdict(settings))
         except TaelError as error:
             link.send(Failed(str(error)))
             return

@@ -24,14 +24,18 @@ class Message(msgspec.Struct, frozen=True, tag=True):
 
 
 class EngineSettings(Message, frozen=True):
-    """The first message to an engine process: the arguments of ``LLM``."""
+    """The first message to an engine process: the arguments of ``LLM``, by their names."""
 
     model: str
     backend: str = "cpu"
-    memory_bytes: int | None = None
+    memory: int | None = None
     max_model_len: int | None = None
+    rope_scaling: str | None = None
     num_threads: int | None = None
     speculation: bool = True
+    kv_format: str = "bf16"
+    kv_budget: int | None = None
+    prefill_budget: int | None = None
     max_num_seqs: int = 32
 
 
