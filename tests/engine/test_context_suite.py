@@ -102,4 +102,4 @@ def test_a_length_beyond_the_model_ends_the_run_with_a_line(
     arguments += ["--samples", "1", "--questions", "1", "--tasks", "needle_digits"]
     outcome = CliRunner().invoke(main, arguments)
     assert outcome.exit_code == 2
-    assert "does not fit; 8192 do" in outcome.output
+    assert "9,000 tokens is beyond the 8,192" in outcome.output
