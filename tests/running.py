@@ -84,7 +84,7 @@ def running(
 ) -> Iterator[Running]:
     config = ServerConfig(
         model=MODEL,
-        engine=EngineSettings(str(folder), max_num_seqs, {"backend": "reference"}),
+        engine=EngineSettings(str(folder), "reference", max_num_seqs=max_num_seqs),
         port=0,
         limits=limits or Limits(),
         stall_s=stall_s,

@@ -81,6 +81,9 @@ def _lengths(text: str) -> tuple[int, ...]:
     metavar="SIZE",
     help="Memory for everything; what does not fit has failed.",
 )
+@click.option(
+    "--rope-scaling", metavar="KIND[:FACTOR]", help="For lengths beyond the trained one: yarn."
+)
 @click.option("--threads", type=int, metavar="N", help="Threads to compute with.")
 @click.option(
     "--json",
@@ -108,6 +111,7 @@ def command(
     slo_token: float,
     slo_memory: int | None,
     memory: int | None,
+    rope_scaling: str | None,
     threads: int | None,
     json_path: Path | None,
     plot: Path | None,
@@ -116,7 +120,7 @@ def command(
     questions about haystacks that were read before the questions were known."""
     from tael import __version__
     from tael.backends.cpu.backend import chosen_isa
-    from tael.config import EngineConfig
+    from tael.config import EngineConfig, RopeScaling
     from tael.evals.context.modes import parse_modes
     from tael.evals.context.plot import plot_quality
     from tael.evals.context.report import Slo, render, to_json
@@ -134,7 +138,11 @@ def command(
         num_questions=questions,
         num_texts=texts,
         seed=seed,
-        config=EngineConfig(memory_bytes=memory, num_threads=threads),
+        config=EngineConfig(
+            memory_bytes=memory,
+            rope_scaling=RopeScaling.parse(rope_scaling) if rope_scaling else None,
+            num_threads=threads,
+        ),
     )
     slo = Slo(slo_first, slo_token / 1000, slo_memory)
     with TransferBar() as progress:

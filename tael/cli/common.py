@@ -6,7 +6,6 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -78,7 +77,7 @@ def model_options(command: F) -> F:
         ),
         "kv_cache_dir": click.option(
             "--kv-cache-dir",
-            type=click.Path(file_okay=False, path_type=Path),
+            type=click.Path(file_okay=False),
             metavar="DIR",
             help="Keep the KV of finished requests in this folder, also for later runs.",
         ),

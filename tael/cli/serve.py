@@ -125,12 +125,10 @@ def command(
     config = ServerConfig(
         model=name or _shown(model),
         engine=EngineSettings(
-            str(path),
-            parallel,
-            {
-                name: str(value) if isinstance(value, Path) else value
-                for name, value in (settings | {"speculation": speculation}).items()
-            },
+            model=str(path),
+            speculation=speculation,
+            max_num_seqs=parallel,
+            **settings,
         ),
         host=host,
         port=port,

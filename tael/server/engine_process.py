@@ -16,7 +16,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+
+import msgspec
 
 from tael.engine.engine import Engine
 from tael.engine.grammar import GrammarCompiler, TokenMask
@@ -188,8 +189,7 @@ def main(socket_path: str) -> None:
         settings = next(link.receive(60))
         assert isinstance(settings, EngineSettings)
         try:
-            arguments: dict[str, Any] = dict(settings.arguments)
-            llm = LLM(settings.model, max_num_seqs=settings.max_num_seqs, **arguments)
+            llm = LLM(**msgspec.structs.asdict(settings))
         except TaelError as error:
             link.send(Failed(str(error)))
             return

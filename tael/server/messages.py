@@ -24,12 +24,21 @@ class Message(msgspec.Struct, frozen=True, tag=True):
 
 
 class EngineSettings(Message, frozen=True):
-    """The first message to an engine process."""
+    """The first message to an engine process: the arguments of ``LLM``, by their names."""
 
     model: str
+    backend: str = "cpu"
+    memory: int | None = None
+    max_model_len: int | None = None
+    rope_scaling: str | None = None
+    num_threads: int | None = None
+    speculation: bool = True
+    kv_format: str = "bf16"
+    kv_budget: int | None = None
+    prefill_budget: int | None = None
+    kv_cache_dir: str | None = None
+    kv_cache_size: int = 10 << 30
     max_num_seqs: int = 32
-    arguments: dict[str, str | int | bool | None] = {}
-    """More keyword arguments of ``LLM``."""
 
 
 class Add(Message, frozen=True):

@@ -220,7 +220,7 @@ def test_run_options_reach_the_model(llm: FakeLLM) -> None:
         "kv_format": "q8",
         "kv_budget": 2048,
         "prefill_budget": 4096,
-        "kv_cache_dir": Path("kv"),
+        "kv_cache_dir": "kv",
         "kv_cache_size": 1 << 30,
     }
     assert llm.engine.params == SamplingParams(

@@ -9,7 +9,14 @@ from dataclasses import dataclass, field
 from tael.config import EngineConfig
 from tael.errors import TaelError
 
-NOT_A_MODE = {"backend", "memory_bytes", "max_model_len", "num_threads", "scheduler"}
+NOT_A_MODE = {
+    "backend",
+    "memory_bytes",
+    "max_model_len",
+    "rope_scaling",
+    "num_threads",
+    "scheduler",
+}
 """Settings that the suite makes the same for all modes."""
 
 
