@@ -32,6 +32,9 @@ def tables(results: Path = RESULTS) -> dict[str, str]:
     overhead = results / "overhead.json"
     if overhead.exists():
         texts["overhead"] = overhead_table(json.loads(overhead.read_text()))
+    speculation = results / "speculation.json"
+    if speculation.exists():
+        texts["speculation"] = speculation_table(json.loads(speculation.read_text()))
     return texts
 
 
@@ -98,6 +101,25 @@ def overhead_table(report: dict[str, Any]) -> str:
                 f"{result['python_share']:.1%}",
             )
         )
+    return "\n".join(lines)
+
+
+def speculation_table(report: dict[str, Any]) -> str:
+    """Decoding with speculation beside decoding without it."""
+    head = ("model", "task", "drafts accepted", "plain", "speculative", "ratio")
+    lines = [_row(*head), _row(*["---"] * len(head))]
+    for result in report["results"]:
+        for case in result["cases"]:
+            lines.append(
+                _row(
+                    result["model"],
+                    case["case"],
+                    f"{case['num_accepted_tokens']} of {case['num_draft_tokens']}",
+                    f"{case['plain_tokens_per_s']:.1f}",
+                    f"{case['speculative_tokens_per_s']:.1f}",
+                    f"{case['ratio']:.2f}",
+                )
+            )
     return "\n".join(lines)
 
 

@@ -1,6 +1,6 @@
 """Decoding with and without speculation, in turn, while a model repeats or edits a file of code.
 
-python benchmarks/speculation.py MODEL... [--runs 5] [--max-tokens 1024] [--output FILE]
+python -m benchmarks.speculation MODEL... [--runs 5] [--max-tokens 1024] [--output FILE]
 
 The file is examples/stock.py, 1,000 tokens that are part of the prompt. Both ways must give the
 same tokens. Every run has a cache salt of its own: it reads its prompt itself, and drafts from
@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -21,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from tael import LLM, SamplingParams, __version__
+from benchmarks import machine
+from tael import LLM, SamplingParams
 from tael.backends.base import ForwardBatch
 from tael.config import BLOCK_SIZE
 from tael.engine.engine import Engine
@@ -105,6 +104,16 @@ def step_times(engine: Engine, runs: int, depth: int = 1000) -> dict[int, float]
     return {n: round(1000 * statistics.median(samples), 3) for n, samples in times.items()}
 
 
+def save(output: Path, result: dict[str, Any]) -> None:
+    """Add a model to the result file, in place of its earlier result."""
+    report: dict[str, Any] = {"machine": machine.machine(), "results": []}
+    if output.exists():
+        report = json.loads(output.read_text())
+    report["results"] = [r for r in report["results"] if r["model"] != result["model"]]
+    report["results"].append(result)
+    output.write_text(json.dumps(report, indent=2) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("models", type=Path, nargs="+")
@@ -114,7 +123,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
 
-    results = []
     for path in args.models:
         with LLM(str(path), max_model_len=CONTEXT) as llm:
             milliseconds = step_times(llm.engine, 10 * args.runs)
@@ -128,16 +136,9 @@ def main() -> None:
                 case = measure(llm.engine, prompt, params, name, args.runs)
                 cases.append({"case": name, **case})
                 print(json.dumps(cases[-1]), flush=True)
-        results.append({"model": path.name, "step_ms": milliseconds, "cases": cases})
-    if args.output:
-        report = {
-            "tael": __version__,
-            "machine": platform.machine(),
-            "cores": os.cpu_count(),
-            "runs": args.runs,
-            "results": results,
-        }
-        args.output.write_text(json.dumps(report, indent=2) + "\n")
+        if args.output:
+            result = {"model": path.stem, "date": machine.today(), "versions": machine.versions()}
+            save(args.output, {**result, "step_ms": milliseconds, "cases": cases})
 
 
 if __name__ == "__main__":
