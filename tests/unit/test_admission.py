@@ -72,6 +72,26 @@ def test_weights_and_tiers_share_tokens() -> None:
     run(main())
 
 
+def test_who_was_idle_has_saved_nothing_up() -> None:
+    async def main() -> None:
+        admission = Admission(Limits(), 1)
+        served: list[str] = []
+
+        async def one(caller: Key) -> None:
+            taken = await admission.turn(caller, 100, 1, "default")
+            served.append(caller.key_id)
+            await asyncio.sleep(0)
+            admission.done(taken)
+
+        a, b = key("a"), key("b")
+        await asyncio.gather(*(one(a) for _ in range(10)))
+        served.clear()
+        await asyncio.gather(*(one(b) for _ in range(10)), *(one(a) for _ in range(10)))
+        assert 4 <= served[:10].count("a") <= 6
+
+    run(main())
+
+
 def test_no_more_sequences_than_the_engine_computes() -> None:
     async def main() -> None:
         admission = Admission(Limits(), 4)
