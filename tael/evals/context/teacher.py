@@ -72,4 +72,5 @@ class _Teacher:
 def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     shifted = logits - logits.max()
     log_sum = float(np.log(np.exp(shifted, dtype=np.float64).sum()))
-    return shifted - np.float32(log_sum)
+    logprobs: NDArray[np.float32] = shifted - np.float32(log_sum)
+    return logprobs
