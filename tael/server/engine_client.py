@@ -26,6 +26,7 @@ from tael.server.messages import (
     Abort,
     Accepted,
     Add,
+    Begun,
     Deltas,
     Ended,
     EngineSettings,
@@ -62,7 +63,7 @@ class Generation:
     """The deltas of one request, as they come. ``close`` it in any case; that ends the request.
 
     ``settled`` is called once: with how it ended, and with what the engine says that the request
-    took, None if the engine died with it.
+    took, None if the engine died with it. ``usage`` is what it said with the first token.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Generation:
         self._client = client
         self._request_id = request_id
         self._settled = settled
+        self.usage: Usage | None = None
         self._received: asyncio.Queue[OutputDelta | Accepted | Exception] = asyncio.Queue()
 
     async def __aiter__(self) -> AsyncIterator[OutputDelta]:
@@ -223,6 +225,9 @@ class EngineClient:
                 generation._received.put_nowait(delta)
                 if delta.usage is not None:
                     self._forget(delta.request_id, Outcome.FINISHED, delta.usage)
+        elif isinstance(report, Begun):
+            if report.request_id in self._generations:
+                self._generations[report.request_id].usage = report.usage
         elif isinstance(report, Status):
             self.status = report
         elif isinstance(report, Accepted):

@@ -19,7 +19,7 @@ from queue import SimpleQueue
 
 import msgspec
 
-from tael.engine.engine import Engine
+from tael.engine.engine import Engine, OutputDelta
 from tael.engine.grammar import GrammarCompiler, TokenMask
 from tael.errors import TaelError
 from tael.llm import LLM
@@ -28,6 +28,7 @@ from tael.server.messages import (
     Abort,
     Accepted,
     Add,
+    Begun,
     Command,
     Deltas,
     Ended,
@@ -94,6 +95,8 @@ class EngineLoop:
         self._compiling: dict[str, float] = {}
         """When the grammar of a request must be compiled, by the monotonic clock."""
         self._compiled: SimpleQueue[tuple[Add, TokenMask | TaelError]] = SimpleQueue()
+        self._begun: set[str] = set()
+        """Requests whose first token has been reported, until they end."""
         self._num_steps = 0
         self._next_status_s = 0.0
 
@@ -107,14 +110,24 @@ class EngineLoop:
             if engine.has_unfinished():
                 deltas = engine.step()
                 self._num_steps += 1
-                if deltas:
-                    self._link.send(Deltas(deltas))
+                self._report(deltas)
             if time.monotonic() >= self._next_status_s:
                 self._link.send(self._status())
                 self._next_status_s = time.monotonic() + STATUS_INTERVAL_S
 
+    def _report(self, deltas: list[OutputDelta]) -> None:
+        for delta in deltas:
+            if delta.usage is not None:
+                self._begun.discard(delta.request_id)
+            elif delta.token_ids and delta.request_id not in self._begun:
+                self._begun.add(delta.request_id)
+                self._link.send(Begun(delta.request_id, self._engine.usage(delta.request_id)))
+        if deltas:
+            self._link.send(Deltas(deltas))
+
     def _obey(self, command: Command) -> None:
         if isinstance(command, Abort):
+            self._begun.discard(command.request_id)
             self._compiling.pop(command.request_id, None)
             usage = self._engine.abort(command.request_id)
             self._link.send(Ended(command.request_id, usage))

@@ -87,6 +87,14 @@ class Refused(Message, frozen=True):
     message: str
 
 
+class Begun(Message, frozen=True):
+    """The first token of a request is there, and comes in the next ``Deltas``. ``usage`` says what
+    its prompt took, which is what it costs if the engine does not live to say more."""
+
+    request_id: str
+    usage: Usage
+
+
 class Deltas(Message, frozen=True):
     """What a step has added. A delta with ``usage`` is the last of its request."""
 
@@ -116,7 +124,7 @@ class Status(Message, frozen=True):
 
 
 Command = EngineSettings | Add | Abort
-Report = Ready | Failed | Accepted | Refused | Deltas | Ended | Status
+Report = Ready | Failed | Accepted | Refused | Begun | Deltas | Ended | Status
 
 _encoder = msgspec.msgpack.Encoder()
 command_decoder = msgspec.msgpack.Decoder(Command)

@@ -149,8 +149,8 @@ class Run:
         self._num_unsettled = 0
         self._outcomes: set[Outcome] = set()
         self._price = Price()
-        self._progress = Usage()
-        """What has been delivered so far."""
+        self._delivered: dict[int, Usage] = {}
+        """By the first of a prompt's choices: what has been delivered so far."""
         self._arrival_s = time.monotonic()
         self._last_token_s: float | None = None
 
@@ -186,7 +186,6 @@ class Run:
         await self._reserve(num_prompt_tokens, max_output_tokens)
         self._num_choices = len(work.prompts) * params.n
         self._num_unsettled = len(work.prompts)
-        self._progress.num_prompt_tokens = num_prompt_tokens
         self._tasks = [
             asyncio.create_task(
                 self._compute(i * params.n, prompt, len(prompt) + params.n * longest[i], work)
@@ -241,7 +240,7 @@ class Run:
     async def _compute(self, first_index: int, prompt: list[int], price: int, work: Work) -> None:
         """One prompt: wait for its turn, and pass on what the engine says."""
         service, num_seqs, is_taken, is_settled = self._service, 0, False, False
-        delivered = Usage(num_prompt_tokens=len(prompt))
+        self._delivered[first_index] = Usage(num_prompt_tokens=len(prompt))
 
         def settle(outcome: Outcome, usage: Usage | None) -> None:
             # Once: an engine can die, or a caller leave, between its taking the prompt and our
@@ -249,7 +248,7 @@ class Run:
             nonlocal is_settled
             if not is_settled:
                 is_settled = True
-                self._settle(outcome, usage or delivered)
+                self._settle(outcome, usage or self._delivered[first_index])
 
         try:
             num_seqs = await service.admission.turn(
@@ -266,7 +265,8 @@ class Run:
             self._received.put_nowait(None)
             try:
                 async for delta in generation:
-                    delivered.num_output_tokens += len(delta.token_ids)
+                    if generation.usage is not None:
+                        self._count(first_index, delta, generation.usage)
                     self._deliver(first_index, delta)
             finally:
                 generation.close()
@@ -308,16 +308,19 @@ class Run:
         elif delta.token_ids:
             self._service.metrics.next_token(self._last_token_s)
         self._last_token_s = time.monotonic()
-        before = self._progress.num_output_tokens
-        self._progress.num_output_tokens += len(delta.token_ids)
-        if before // PROGRESS_TOKENS < self._progress.num_output_tokens // PROGRESS_TOKENS:
+
+    def _count(self, first_index: int, delta: OutputDelta, begun: Usage) -> None:
+        """Record what is delivered, and what its prompt took: at the first token and then now and
+        again, for a server that does not live to settle it."""
+        before = self._delivered[first_index].num_output_tokens
+        after = before + len(delta.token_ids)
+        self._delivered[first_index] = replace(begun, num_output_tokens=after)
+        if before == 0 or before // PROGRESS_TOKENS < after // PROGRESS_TOKENS:
             self._record_progress()
 
     def _settle(self, outcome: Outcome, usage: Usage) -> None:
         """One of the prompts has ended. With the last one, the request has."""
-        for field in fields(Usage):
-            total = getattr(self.usage, field.name) + getattr(usage, field.name)
-            setattr(self.usage, field.name, total)
+        self.usage = _sum([self.usage, usage])
         self._outcomes.add(outcome)
         self._num_unsettled -= 1
         if self._num_unsettled == 0:
@@ -338,8 +341,14 @@ class Run:
 
     def _record_progress(self) -> None:
         if self._service.ledger is not None:
-            self._service.ledger.progress(self.id, replace(self._progress))
+            self._service.ledger.progress(self.id, _sum(list(self._delivered.values())))
 
     def _settle_ledger(self) -> None:
         if self._service.ledger is not None:
             self._service.ledger.settle(self.id, replace(self.usage), self._outcome)
+
+
+def _sum(usages: list[Usage]) -> Usage:
+    """Of prompts that are computed apart."""
+    names = [field.name for field in fields(Usage)]
+    return Usage(**{name: sum(getattr(usage, name) for usage in usages) for name in names})

@@ -204,7 +204,9 @@ def test_what_breaks_off_is_settled(guarded: Guarded) -> None:
     eventually(lambda: len(guarded.charges()) == before + 1)
     row = guarded.charges()[-1]
     assert row["reason"] == "aborted" and 1 <= row["output_tokens"] < 200
-    stream = client.completions.create(model=MODEL, prompt="abc", stream=True, **endless)
+    prompt = "once upon a time " * 6
+    client.completions.create(model=MODEL, prompt=prompt, max_tokens=1)
+    stream = client.completions.create(model=MODEL, prompt=prompt, stream=True, **endless)
     next(iter(stream))
     pid = guarded.server.service.engine.pid
     assert pid is not None
@@ -212,9 +214,11 @@ def test_what_breaks_off_is_settled(guarded: Guarded) -> None:
     with pytest.raises(openai.APIError):
         for _ in stream:
             pass
-    eventually(lambda: len(guarded.charges()) == before + 2)
+    eventually(lambda: len(guarded.charges()) == before + 3)
     row = guarded.charges()[-1]
     assert row["reason"] == "failed" and row["output_tokens"] >= 1
+    # What the engine had said of the prompt before it died.
+    assert row["cache_read_tokens"] >= 32 and row["fresh_tokens"] < len(prompt)
     eventually(lambda: guarded.server.service.is_ready)
     with pytest.raises(openai.BadRequestError):
         client.completions.create(model=MODEL, prompt="x" * 300)
