@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import click
 
 from tael.config import KV_FORMATS
+from tael.errors import TaelError
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -33,7 +34,7 @@ def token_count(text: str) -> int:
     """Tokens in a count such as 32768 or 32K: the type of a click option."""
     match = re.fullmatch(r"(\d{1,12})([km]?)", text, re.IGNORECASE)
     if match is None:
-        raise click.BadParameter(f"{text!r} is no number of tokens such as 32768, 32K or 1M")
+        raise TaelError(f"{text} is no number of tokens; write one such as 32768, 32K or 1M.")
     return int(match[1]) << {"": 0, "k": 10, "m": 20}[match[2].lower()]
 
 

@@ -241,7 +241,7 @@ def test_run_counts_the_context_in_tokens(llm: FakeLLM, text: str, tokens: int) 
 def test_run_refuses_a_context_that_is_no_number(llm: FakeLLM, text: str) -> None:
     result = invoke("run", "hi", "--context", text)
     assert result.exit_code == 2
-    assert "is no number of tokens such as 32768, 32K or 1M" in result.stderr
+    assert "is no number of tokens" in result.stderr
 
 
 def test_run_puts_files_before_the_question(llm: FakeLLM, tmp_path: Path) -> None:
