@@ -44,12 +44,9 @@ def command(model: str, memory: int | None, as_json: bool) -> None:
 
 
 def _layers(spec: ModelSpec) -> dict[str, Any]:
-    from tael.config import BLOCK_SIZE
     from tael.models.extension import extension_of
-    from tael.models.spec import cache_groups
 
     extension = extension_of(spec)
-    mixers = [layer.mixer for layer in spec.layers]
     return {
         "family": spec.family,
         "num_layers": len(spec.layers),
@@ -59,17 +56,35 @@ def _layers(spec: ModelSpec) -> dict[str, Any]:
         "trained_context": spec.max_position_embeddings,
         "rope_scaling": extension
         and {"kinds": extension.scalings, "max_context": extension.max_length},
-        "cache": [
+        "cache": _cache(spec),
+    }
+
+
+def _cache(spec: ModelSpec) -> list[dict[str, Any]]:
+    """The cache groups, with the bytes that the allocator gives a token in each KV format."""
+    from tael.config import BLOCK_SIZE, KV_FORMATS
+    from tael.models.spec import cache_groups, with_kv_format
+
+    def bytes_per_token(kv_format: str, key_summaries: bool = False) -> list[int]:
+        groups = cache_groups(with_kv_format(spec, kv_format, key_summaries), BLOCK_SIZE)
+        return [group.block_bytes // BLOCK_SIZE for group in groups]
+
+    formats = {kv_format: bytes_per_token(kv_format) for kv_format in KV_FORMATS}
+    with_summaries = bytes_per_token("bf16", key_summaries=True)
+    report = []
+    for g, group in enumerate(cache_groups(spec, BLOCK_SIZE)):
+        mixer = spec.layers[group.layers[0]].mixer
+        report.append(
             {
                 "num_layers": len(group.layers),
                 "window": group.window,
-                "num_kv_heads": mixers[group.layers[0]].num_kv_heads,
-                "head_dim": mixers[group.layers[0]].head_dim,
-                "bytes_per_token": group.block_bytes // BLOCK_SIZE,
+                "num_kv_heads": mixer.num_kv_heads,
+                "head_dim": mixer.head_dim,
+                "bytes_per_token": {name: sizes[g] for name, sizes in formats.items()},
+                "summary_bytes_per_token": with_summaries[g] - formats["bf16"][g],
             }
-            for group in cache_groups(spec, BLOCK_SIZE)
-        ],
-    }
+        )
+    return report
 
 
 def _tensors(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -137,10 +152,13 @@ def _render(model: str, report: dict[str, Any]) -> str:
             (
                 "cache",
                 f"{group['num_layers']} layers, {seen}, {group['num_kv_heads']} KV heads of "
-                f"{group['head_dim']}: {group['bytes_per_token']:,} bytes a token, "
-                f"{group['bytes_per_token'] // group['num_layers']:,} a layer",
+                f"{group['head_dim']}",
             )
         )
+        sizes = ", ".join(f"{name} {size:,}" for name, size in group["bytes_per_token"].items())
+        if group["summary_bytes_per_token"]:
+            sizes += f"; with a budget {group['summary_bytes_per_token']:,} more"
+        rows.append(("", f"bytes a token: {sizes}"))
     if "problem" in report:
         here = report["problem"]
     else:

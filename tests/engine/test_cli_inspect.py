@@ -17,9 +17,13 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from tael import LLM, TaelError
 from tael.cli.main import main
+from tael.config import BLOCK_SIZE
 from tael.evals.plot import plot
+from tael.loader.prepared import open_checkpoint
+from tael.memory.kv_store import KVStore
 from tael.models.extension import EXTENSIONS
-from tael.models.spec import ContextExtension
+from tael.models.registry import read_spec
+from tael.models.spec import ContextExtension, cache_groups, with_kv_format
 
 
 def inspect(*arguments: str) -> str:
@@ -80,11 +84,20 @@ def test_inspect(tiny_model: Path) -> None:
     assert report["tensor_types"] == {"F32": {"num_tensors": 20, "bytes": 4 * num_parameters}}
     # Keys and values of 2 heads of 16 channels in bf16, in two layers.
     (cache,) = report["cache"]
-    assert cache["bytes_per_token"] == 2 * (2 * 2 * 16 * 2)
+    q8_head, nibble_head = 16 + 1 + 16 + 2, 16 + 1 + 8 + 4  # with scales of 2 bytes
+    assert cache["bytes_per_token"] == {
+        "bf16": 2 * (2 * 2 * 16 * 2),
+        "q8": 2 * 2 * q8_head,
+        "k8v4": 2 * 2 * nibble_head,
+    }
+    for kv_format, num_bytes in cache["bytes_per_token"].items():
+        spec = with_kv_format(read_spec(open_checkpoint(tiny_model)), kv_format)
+        store = KVStore(cache_groups(spec, BLOCK_SIZE), [5])
+        assert store.num_bytes == 5 * BLOCK_SIZE * num_bytes
     assert report["max_context"] == report["trained_context"] == 1 << 20
     text = inspect(str(tiny_model))
     assert "llama: 2 layers" in text
-    assert "256 bytes a token, 128 a layer" in text
+    assert "bytes a token: bf16 256, q8 140, k8v4 116; with a budget 8 more" in text
 
 
 def test_inspect_names_the_scalings(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
