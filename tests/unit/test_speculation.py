@@ -53,6 +53,7 @@ class SimulatedBackend:
     """The logits depend on the last two tokens, as the block tables find them."""
 
     weights_bytes = 0
+    fingerprint: dict[str, str] = {}  # noqa: RUF012
 
     def reserve(self, scheduler: SchedulerConfig, max_model_len: int) -> int:
         self.scheduler = scheduler
