@@ -114,6 +114,21 @@ def test_windows_are_read_whole() -> None:
     assert np.quantile(np.abs(actual - expected), 0.99) < TOLERANCE
 
 
+@pytest.mark.parametrize("kv_format", ["bf16", "q8", "k8v4"])
+def test_a_nan_is_not_passed_over(kv_format: str) -> None:
+    """A block with a NaN is chosen by every later query, and is read back with it."""
+    spec = random_spec(3, 2, 32, [None], kv_format, key_summaries=True)
+    checkpoint = RandomCheckpoint(spec)
+    checkpoint.rows["embed_tokens.weight"][0] = 0xFF  # token 0 is NaN
+    tokens = random_tokens(0, 700)
+    tokens[170] = 0
+    backend = random_cpu_backend(spec, checkpoint, num_threads=2)
+    budgets = np.full(700, MIN_BUDGET_BLOCKS + 1, np.int32)
+    logits = compute(spec, backend, [tokens], [{0: 640}, {0: 60}], budgets)[0]
+    assert np.isfinite(logits[:170]).all()
+    assert np.isnan(logits[170:]).any(axis=1).all()
+
+
 def test_a_budget_needs_summaries() -> None:
     spec = random_spec(3, 2, 32, [None])
     backend = random_cpu_backend(spec, RandomCheckpoint(spec), 1)

@@ -12,19 +12,9 @@ namespace tael {
 
 constexpr int64_t summary_bytes(int head_dim) { return 4 * int64_t(head_dim); }
 
-// Of the keys of one head in bf16. A NaN stays one.
-inline void summarize_keys(const uint16_t* keys, int head_dim, uint16_t* summary) {
-  for (int d = 0; d < head_dim; ++d) {
-    float least = __builtin_inff(), largest = -__builtin_inff();
-    for (int t = 0; t < kBlockTokens; ++t) {
-      const float x = bf16_to_float(keys[key_place(head_dim, t, d)]);
-      least = x >= least ? least : x;
-      largest = x <= largest ? largest : x;
-    }
-    summary[2 * d] = float_to_bf16(least);
-    summary[2 * d + 1] = float_to_bf16(largest);
-  }
-}
+// Of the keys of one head in bf16. A NaN makes both NaN, and with them the score, which is then the
+// highest (select_blocks): what is broken is not passed over. Plain C++, as pack_head.
+void summarize_keys(const uint16_t* keys, int head_dim, uint16_t* summary);
 
 // Scores of blocks for the queries of a task: of each block the largest bound over the rows. `summary`
 // is of the first block of the pool, block_bytes between them.
