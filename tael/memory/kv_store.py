@@ -26,7 +26,8 @@ class KVStore:
 
     def payload_bytes(self, group: int) -> int:
         """Of what ``read_block`` copies."""
-        return self.pools[group][0].nbytes
+        pool = self.pools[group]
+        return pool.nbytes // len(pool)
 
     def read_block(self, group: int, block: int, out: NDArray[np.uint8]) -> None:
         """Copy all that is kept of a complete block to ``out``, uint8 [payload_bytes]."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import sys
 import threading
 import time
 from collections import deque
@@ -36,6 +37,8 @@ logger = logging.getLogger(__name__)
 LOCK = "lock"
 EVICTED_SHARE = 8
 """A disk that is full gets this part of the files back before the second try."""
+NICE = 10
+"""Of the thread: the cores are for those who compute."""
 FLUSH_S = 30.0
 """How long ``close`` waits for stores."""
 
@@ -208,6 +211,8 @@ class DiskTier:
     # What follows runs in the thread.
 
     def _run(self) -> None:
+        if sys.platform == "linux":  # elsewhere threads have no priority of their own
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._loads or self._stores or self._is_closing)
