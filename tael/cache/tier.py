@@ -23,8 +23,8 @@ class Lookup(enum.Enum):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Transfer:
-    """One block of one cache group, and all that says what must be in it. Equal only to itself, since
-    each holds a reference of its own."""
+    """One block of one cache group, and all that says what must be in it. Equal only to
+    itself, since each holds a reference of its own."""
 
     group: int
     block: int
