@@ -206,11 +206,13 @@ def test_run_options_reach_the_model(llm: FakeLLM) -> None:
     arguments = (
         "run m.gguf hi --memory 2GiB --threads 3 --context 99 --system s --top-k 5 --seed 4 "
     )
-    arguments += "--no-speculation"
+    arguments += "--no-speculation --kv-cache-dir kv --kv-cache-size 1GiB"
     assert invoke(*arguments.split(), "--max-tokens", "6").exit_code == 0
     assert llm.model == "m.gguf"
     settings = {k: v for k, v in llm.settings.items() if k != "progress"}
     assert settings.pop("speculation") is False
+    assert settings.pop("kv_cache_dir") == Path("kv")
+    assert settings.pop("kv_cache_size") == 1 << 30
     assert settings == {"memory": 2 << 30, "max_model_len": 99, "num_threads": 3}
     assert llm.engine.params == SamplingParams(
         max_tokens=6, temperature=0.2, top_k=5, top_p=0.9, seed=4
@@ -497,3 +499,15 @@ def test_progress_is_a_bar_on_a_terminal(
 
 def test_pull_needs_a_name() -> None:
     assert invoke("pull").exit_code == 2
+
+
+def test_cache_commands(tmp_path: Path) -> None:
+    """Of a folder with a file that is no block under a block's name; the rest is in
+    test_disk_tier.py."""
+    (tmp_path / ("0" * 66 + ".kv")).write_bytes(bytes(8192))
+    assert invoke("cache", "ls", str(tmp_path)).stdout == ""
+    result = invoke("cache", "verify", str(tmp_path))
+    assert result.exit_code == 2 and "0 blocks are right, 1 were removed" in result.stdout
+    assert invoke("cache", "clear", str(tmp_path)).stdout == "0 blocks, 0 B freed\n"
+    missing = invoke("cache", "ls", str(tmp_path / "missing"))
+    assert missing.exit_code == 2 and "cannot list" in missing.stderr
