@@ -14,7 +14,6 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import sys
 import threading
 import time
 from collections import deque
@@ -37,8 +36,6 @@ logger = logging.getLogger(__name__)
 LOCK = "lock"
 EVICTED_SHARE = 8
 """A disk that is full gets this part of the files back before the second try."""
-NICE = 10
-"""Of the thread: the cores are for those who compute."""
 FLUSH_S = 30.0
 """How long ``close`` waits for stores."""
 
@@ -111,6 +108,8 @@ class DiskTier:
             self._scan()
         except OSError as error:
             self._turn_off(error)
+        # At the usual priority: a lower one makes a load take five times as long, and what runs beside
+        # it lose more in all (measured: 133 steps by 5 ms each, not 27 by 8 ms).
         self._thread = threading.Thread(target=self._run, name="tael-disk", daemon=True)
         self._thread.start()
 
@@ -211,8 +210,6 @@ class DiskTier:
     # What follows runs in the thread.
 
     def _run(self) -> None:
-        if sys.platform == "linux":  # elsewhere threads have no priority of their own
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._loads or self._stores or self._is_closing)
