@@ -21,9 +21,10 @@ class Lookup(enum.Enum):
     """On its way into the tier or out of it: ask again."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Transfer:
-    """One block of one cache group, and all that says what must be in it."""
+    """One block of one cache group, and all that says what must be in it. Equal only to
+    itself, since each holds a reference of its own."""
 
     group: int
     block: int

@@ -523,3 +523,15 @@ def test_progress_is_a_bar_on_a_terminal(
 
 def test_pull_needs_a_name() -> None:
     assert invoke("pull").exit_code == 2
+
+
+def test_cache_commands(tmp_path: Path) -> None:
+    """Of a folder with a file that is no block under a block's name; the rest is in
+    test_disk_tier.py."""
+    (tmp_path / ("0" * 66 + ".kv")).write_bytes(bytes(8192))
+    assert invoke("cache", "ls", str(tmp_path)).stdout == ""
+    result = invoke("cache", "verify", str(tmp_path))
+    assert result.exit_code == 2 and "0 blocks are right, 1 were removed" in result.stdout
+    assert invoke("cache", "clear", str(tmp_path)).stdout == "0 blocks, 0 B freed\n"
+    missing = invoke("cache", "ls", str(tmp_path / "missing"))
+    assert missing.exit_code == 2 and "cannot list" in missing.stderr

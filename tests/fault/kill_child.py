@@ -1,7 +1,8 @@
-"""A process to be killed: ``python kill_child.py MODEL FOLDER SEED``.
+"""A process to be killed: ``python kill_child.py MODEL FOLDER CHECK STORE``.
 
-Answers the known prompts and prints their tokens, restored blocks and what was found damaged as
-JSON; then prints "storing" and stores the blocks of other prompts, never the same, for ever.
+Answers ``NUM_CHECKED`` of the prompts from number CHECK on and prints their tokens and the tier's
+counters as JSON; then prints "storing" and answers the prompts from number STORE on, for ever, so
+that their blocks are stored. With "-" for FOLDER it answers all prompts without a disk and ends.
 """
 
 from __future__ import annotations
@@ -15,20 +16,28 @@ import numpy as np
 
 from tael import LLM, SamplingParams
 
+NUM_PROMPTS = 64
+NUM_CHECKED = 8
+BATCH = 4
 CACHE_BYTES = 200 * 12288
-"""200 blocks: so few enough that blocks are evicted while others are stored."""
+"""200 of the 448 blocks of all prompts: some are evicted while others are stored."""
 PARAMS = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+PROMPTS = np.random.default_rng(7).integers(0, 200, (NUM_PROMPTS, 230)).tolist()
 
 
-def known_prompts() -> list[list[int]]:
-    rng = np.random.default_rng(7)
-    return [rng.integers(0, 200, n).tolist() for n in (100, 150, 200, 230)]
+def some(start: int, number: int) -> list[list[int]]:
+    return [PROMPTS[i % NUM_PROMPTS] for i in range(start, start + number)]
 
 
 def main() -> None:
-    path, folder, seed = sys.argv[1:]
+    path, folder, check, store = sys.argv[1:]
+    if folder == "-":
+        with LLM(path, memory=400 << 20, num_threads=1) as llm:
+            outputs = llm.generate(PROMPTS, PARAMS)
+        print(json.dumps([output.outputs[0].token_ids for output in outputs]))
+        return
     llm = LLM(path, kv_cache_dir=folder, kv_cache_size=CACHE_BYTES, memory=400 << 20, num_threads=1)
-    outputs = llm.generate(known_prompts(), PARAMS)
+    outputs = llm.generate(some(int(check), NUM_CHECKED), PARAMS)
     assert llm.engine.tier is not None
     report = {
         "token_ids": [output.outputs[0].token_ids for output in outputs],
@@ -37,12 +46,8 @@ def main() -> None:
         **asdict(llm.engine.tier.counters),
     }
     print(json.dumps(report), "storing", sep="\n", flush=True)
-    if seed == "once":
-        llm.close()
-        return
-    for i in count():
-        rng = np.random.default_rng([int(seed), i])
-        llm.generate([rng.integers(0, 200, 230).tolist() for _ in range(4)], PARAMS)
+    for i in count(int(store), BATCH):
+        llm.generate(some(i, BATCH), PARAMS)
 
 
 if __name__ == "__main__":

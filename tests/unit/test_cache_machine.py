@@ -133,7 +133,10 @@ class RandomTier:
     def prepare_store(self, chain: Sequence[bytes], transfers: Sequence[Transfer]) -> None:
         assert {t.key for t in transfers} <= set(chain)
         assert all(self.lookup(t.key) is Lookup.MISS for t in transfers)
-        self._stores += transfers
+        if self.random.random() < 0.2:  # as a tier does that is off
+            self._copied += transfers
+        else:
+            self._stores += transfers
 
     def complete_store(self) -> list[Transfer]:
         copied, self._copied = self._copied, []

@@ -55,6 +55,20 @@ def test_ledger_table() -> None:
     assert rows == [" | ".join(f"{count:,}" for count in [*counts[:3], sum(counts[3:])])]
 
 
+def test_warm_prefix_figures() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "warm-prefix.json").read_text())
+    text = " ".join((ROOT / "docs/cache.md").read_text().split())
+    restoring, storing = result["decode_while_restoring"], result["decode_while_storing"]
+    assert result["logits_bitwise_equal"] and result["times_sooner"] >= 10
+    assert f"after {result['restored_s']:.2f} s instead of {result['cold_s']:.1f} s" in text
+    assert f"{result['times_sooner']:.0f} times sooner" in text
+    for case in (restoring, storing):
+        assert (
+            f"{case['busy_median_ms']:.1f} ms instead of {case['alone_median_ms']:.1f} ms" in text
+        )
+        assert f"{case['num_busy_steps']} steps" in text
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
 def test_links(path: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", path.read_text()):
