@@ -37,6 +37,7 @@ from tael.server.messages import (
     Ready,
     Refused,
     Status,
+    TierUsage,
     command_decoder,
     frame,
 )
@@ -175,7 +176,17 @@ class EngineLoop:
             num_referenced_blocks=manager.num_referenced,
             num_prefix_query_tokens=manager.num_prefix_query_tokens,
             num_prefix_hit_tokens=manager.num_prefix_hit_tokens,
+            tiers=self._tiers(),
         )
+
+    def _tiers(self) -> tuple[TierUsage, ...]:
+        manager, disk = self._engine.manager, self._engine.tier
+        memory = TierUsage(
+            "memory", manager.pool_bytes, manager.referenced_bytes, manager.cached_bytes
+        )
+        if disk is None:
+            return (memory,)
+        return (memory, TierUsage("disk", disk.index.capacity_bytes, 0, disk.used_bytes))
 
 
 def main(socket_path: str) -> None:

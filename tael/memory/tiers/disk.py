@@ -111,6 +111,11 @@ class DiskTier:
         self._thread = threading.Thread(target=self._run, name="tael-disk", daemon=True)
         self._thread.start()
 
+    @property
+    def used_bytes(self) -> int:
+        with self._changed:
+            return self.index.num_bytes
+
     def lookup(self, key: bytes) -> Lookup:
         with self._changed:
             if key in self._in_transit:
