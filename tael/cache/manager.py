@@ -274,9 +274,7 @@ class CacheManager:
     def _bytes(self, num_blocks: Callable[[BlockPool], int]) -> int:
         return sum(
             num_blocks(pool) * group.block_bytes + num_blocks(open_pool) * group.open_block_bytes
-            for group, pool, open_pool in zip(
-                self.groups, self.pools, self.open_pools, strict=True
-            )
+            for group, pool, open_pool in zip(self.groups, self.pools, self.open_pools, strict=True)
         )
 
     def _close(self, holding: _Holding, first: int, end: int) -> None:

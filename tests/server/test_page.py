@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import httpx2 as httpx
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Request, Route, expect, sync_playwright
 from running import MODEL, Running, eventually, running
 
 from tael.economics.journal import Outcome
 from tael.economics.keys import Keys
 from tael.economics.ledger import Ledger
 from tael.economics.rate_card import Rate, RateCard, Tier
+from tael.request import Usage
 from tael.server.page import FILES
 
 CARD = RateCard("1", "USD", (Rate("*", (Tier(input=10**9, output=10**10),)),))
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the PATH")
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +61,26 @@ def live(server: Running, token: str | None = None) -> dict[str, Any]:
     return figures
 
 
+@contextmanager
+def busy(server: Running) -> Iterator[None]:
+    """Somebody else's requests, one after the other."""
+    ended = Event()
+    body = {"model": MODEL, "prompt": "a", "max_tokens": 200, "n": 4, "ignore_eos": True}
+
+    def call() -> None:
+        with server.http() as http:
+            while not ended.is_set():
+                assert http.post("/v1/completions", json=body).status_code == 200
+
+    thread = Thread(target=call)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
 @pytest.mark.parametrize("path", FILES)
 def test_files_need_no_key_and_allow_nothing(guarded: Running, path: str) -> None:
     response = get(guarded, path)
@@ -82,7 +106,7 @@ def test_files_ask_nobody_else(server: Running, path: str) -> None:
     assert not re.search(r"<script>|<style|\bstyle=|\bon\w+=", text)
 
 
-@pytest.mark.parametrize("path", ["/index.html", "/page", "/page/", "/page.css/", "//", "/page.py"])
+@pytest.mark.parametrize("path", ["/index.html", "/page", "/page/", "/page.css/", "/page.py"])
 def test_nothing_else_is_a_file(guarded: Running, path: str) -> None:
     assert get(guarded, path).status_code == 401
 
@@ -102,17 +126,16 @@ def test_live_figures(server: Running) -> None:
     own = {name: after["key"][name] - before["key"][name] for name in list(after["key"])[:3]}
     assert own == {"prompt_tokens": 2 * len(prompt), "cached_tokens": 32, "output_tokens": 16}
     assert after["key"]["cost"] is None  # there is no ledger
-    (memory,) = after["tiers"]
+    eventually(lambda: live(server)["tiers"][0]["cached_bytes"] > 0)
+    (memory,) = live(server)["tiers"]
     assert memory["name"] == "memory" and memory["used_bytes"] == 0
-    assert 0 < memory["cached_bytes"] < memory["capacity_bytes"]
+    assert memory["cached_bytes"] < memory["capacity_bytes"]
 
 
 def test_live_figures_of_a_running_request(server: Running) -> None:
-    body = {"model": MODEL, "prompt": "a", "max_tokens": 200, "ignore_eos": True, "stream": True}
-    with server.http() as http, http.stream("POST", "/v1/completions", json=body) as response:
-        next(response.iter_lines())
-        eventually(lambda: live(server)["requests"]["running"] == 1)
-        assert live(server)["tiers"][0]["used_bytes"] > 0
+    with busy(server):
+        eventually(lambda: live(server)["requests"]["running"] > 0)
+        eventually(lambda: live(server)["tiers"][0]["used_bytes"] > 0)
 
 
 def test_live_needs_a_key(guarded: Running) -> None:
@@ -128,7 +151,7 @@ def test_a_key_sees_its_own_cost_and_hits_only(guarded: Running, keys: Keys) -> 
     eventually(guarded.is_idle)
     ledger = guarded.service.ledger
     assert ledger is not None
-    ledger.settle("unknown", guarded.service.usage_of_key["x"], Outcome.ABORTED).exception()
+    ledger.settle("unknown", Usage(), Outcome.ABORTED).exception()  # what came before is written
     own = live(guarded, payer)["key"]
     assert own["prompt_tokens"] == 80 and own["cached_tokens"] == 32
     # 48 at 1000 nano, 32 at a tenth of that; output at 10 times it.
@@ -140,29 +163,181 @@ def test_a_key_sees_its_own_cost_and_hits_only(guarded: Running, keys: Keys) -> 
     assert payer.split("_")[1] not in str(after)
 
 
-class Browser:
+ENDLESS = {"temperature": 0, "ignore_eos": True}
+"""Laid over what the page asks for: an answer that ends with the context, the same each time."""
+
+FIRST_TEXT = """() => new Promise((done) => {
+    const has = () => document.querySelector(".assistant .text")?.textContent && done();
+    new MutationObserver(has).observe(document.getElementById("log"),
+        {childList: true, subtree: true, characterData: true});
+    has();
+})"""
+
+
+@dataclass
+class Visit:
     """A page, and what it complained of and asked for."""
 
-    def __init__(self, page: Page, origin: str) -> None:
-        self.page = page
-        self.complaints: list[str] = []
-        self.elsewhere: list[str] = []
+    page: Page
+    origin: str
+    complaints: list[str] = field(default_factory=list)
+    elsewhere: list[str] = field(default_factory=list)
+    sent: list[dict[str, Any]] = field(default_factory=list)
+    """The bodies of its requests for answers."""
+
+    def begin(self) -> None:
+        page = self.page
         page.on("console", lambda m: m.type in ("error", "warning") and self.complain(m.text))
         page.on("pageerror", lambda error: self.complain(str(error)))
-        page.on("request", lambda r: r.url.startswith(f"{origin}/") or self.elsewhere.append(r.url))
-        page.goto(origin)
+        page.on("request", self.note)
+        page.route("**/v1/chat/completions", self.answer)
+        page.goto(self.origin)
 
     def complain(self, text: str) -> None:
         self.complaints.append(text)
 
-    def text(self, selector: str) -> str:
-        return self.page.locator(selector).inner_text()
+    def note(self, request: Request) -> None:
+        if not request.url.startswith(f"{self.origin}/"):
+            self.elsewhere.append(request.url)
+
+    def answer(self, route: Route) -> None:
+        body = json.loads(route.request.post_data or "")
+        self.sent.append(body)
+        route.continue_(post_data=json.dumps({**body, **ENDLESS}))
+
+    def say(self, text: str) -> None:
+        """By keyboard, with the cursor where it is."""
+        self.page.keyboard.type(text)
+        self.page.keyboard.press("Enter")
+
+    def texts(self, selector: str) -> list[str]:
+        return self.page.locator(selector).all_inner_texts()
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("there is no chromium on the PATH")
+    with sync_playwright() as playwright:
+        # No sandbox: as root, which containers run as, Chromium has none.
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @contextmanager
-def browser(origin: str, **context: Any) -> Iterator[Browser]:
-    # As root, as containers are, Chromium has no sandbox.
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield Browser(chromium.new_context(**context).new_page(), origin)
-        chromium.close()
+def visit(chromium: Browser, server: Running, **options: Any) -> Iterator[Visit]:
+    with chromium.new_context(**options) as context:
+        visit = Visit(context.new_page(), server.url)
+        visit.begin()
+        yield visit
+        assert not visit.elsewhere
+
+
+def test_a_chat(server: Running, chromium: Browser) -> None:
+    with visit(chromium, server) as it:
+        page = it.page
+        expect(page.locator("#model")).to_have_text(MODEL)
+        expect(page.locator("#state")).to_have_text("ready")
+        expect(page.locator("#input")).to_be_focused()
+        before = page.locator("#tiers").inner_text()
+
+        page.keyboard.type("two")
+        page.keyboard.press("Shift+Enter")
+        it.say("lines <b>&amp;")
+        expect(page.locator(".assistant .note")).to_contain_text("Cut off")
+        assert it.sent[0]["messages"] == [{"role": "user", "content": "two\nlines <b>&amp;"}]
+        assert it.texts(".user .text") == ["two\nlines <b>&amp;"]
+        assert len(page.locator(".assistant .text").text_content() or "") > 50
+        expect(page.locator("#log b")).to_have_count(0)
+        expect(page.locator("#rate")).not_to_have_text("0.0")
+        expect(page.locator("#tiers")).not_to_have_text(before)
+
+        it.say("too long by now")
+        expect(page.locator(".assistant .error")).to_contain_text("maximum context length is 256")
+        assert len(it.sent[1]["messages"]) == 3
+        expect(page.locator("#input")).to_have_value("too long by now")
+        assert [text for text in it.complaints if "400 (Bad Request)" not in text] == []
+
+
+def test_an_answer_is_text(server: Running, chromium: Browser) -> None:
+    """Whatever a model says."""
+    evil = "<img src=/nothing onerror=alert(1)><script>alert(1)</script>"
+    events = [{"choices": [{"index": 0, "delta": {"content": evil}, "finish_reason": None}]}]
+    body = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
+    with visit(chromium, server) as it:
+        it.page.route("**/v1/chat/completions", lambda route: route.fulfill(body=body))
+        expect(it.page.locator("#state")).to_have_text("ready")
+        it.say("a")
+        expect(it.page.locator(".assistant .text")).to_have_text(evil)
+        expect(it.page.locator("#log img, #log script")).to_have_count(0)
+        assert it.complaints == []
+
+
+def test_escape_stops(server: Running, chromium: Browser) -> None:
+    with visit(chromium, server) as it, busy(server):
+        page = it.page
+        expect(page.locator("#running")).to_have_text(re.compile("[1-9]"))
+        expect(page.locator("#tiers .legend .used")).not_to_contain_text("0 B")
+        it.say("a")
+        page.evaluate(FIRST_TEXT)
+        engine = server.service.engine.pid
+        assert engine is not None
+        os.kill(engine, signal.SIGSTOP)  # so that the answer does not end before the key arrives
+        try:
+            expect(page.locator("#stop")).to_be_visible()
+            page.keyboard.press("Escape")
+            expect(page.locator(".assistant .note")).to_have_text("Stopped.")
+        finally:
+            os.kill(engine, signal.SIGCONT)
+        expect(page.locator("#stop")).to_be_hidden()
+        said = page.locator(".assistant .text").text_content()
+        it.say("b")  # what was said stays in the conversation
+        expect(page.locator(".assistant")).to_have_count(2)
+        assert [message["content"] for message in it.sent[1]["messages"]] == ["a", said, "b"]
+        page.get_by_role("button", name="New chat").click()
+        expect(page.locator("#log article")).to_have_count(0)
+        assert it.complaints == []
+
+
+def test_a_key_is_asked_for(guarded: Running, keys: Keys, chromium: Browser) -> None:
+    _, token = keys.create("page")
+    with visit(chromium, guarded) as it:
+        page = it.page
+        expect(page.get_by_label("API key")).to_be_focused()
+        it.say("wrong")
+        expect(page.get_by_role("alert")).to_have_text("Incorrect API key provided.")
+        expect(page.get_by_label("API key")).to_be_focused()
+        it.say(token)
+        expect(page.locator("#state")).to_have_text("ready")
+        expect(page.locator("#cost")).to_have_text("0.00 USD")
+        expect(page.get_by_label("Message")).to_be_focused()
+        it.say("a")
+        expect(page.locator("#cost")).to_have_text(re.compile(r"0\.00[1-9]\d+ USD"))
+        page.reload()
+        expect(page.locator("#state")).to_have_text("ready")
+        page.get_by_role("button", name="Forget key").click()
+        page.reload()
+        expect(page.locator("#key-form")).to_be_visible()
+        assert all("401 (Unauthorized)" in text for text in it.complaints)
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits(server: Running, chromium: Browser, width: int, scheme: Any) -> None:
+    size: Any = {"width": width, "height": 740}
+    with visit(chromium, server, viewport=size, color_scheme=scheme) as it:
+        expect(it.page.locator("#state")).to_have_text("ready")
+        it.say("word" * 30)
+        expect(it.page.locator(".assistant .note")).not_to_be_empty()
+        for selector in ("#send", "#input", "header", "#live summary"):
+            box = it.page.locator(selector).bounding_box()
+            assert box is not None
+            assert box["x"] >= 0 and box["x"] + box["width"] <= width
+            assert box["y"] >= 0 and box["y"] + box["height"] <= 740
+        assert it.page.evaluate("document.documentElement.scrollWidth") <= width
+        back = it.page.evaluate("getComputedStyle(document.body).backgroundColor")
+        brightness = sum(map(int, re.findall(r"\d+", back)))
+        assert (brightness < 200) == (scheme == "dark")
+        if folder := os.environ.get("TAEL_SCREENSHOTS"):
+            it.page.screenshot(path=f"{folder}/page-{scheme}-{width}.png")
