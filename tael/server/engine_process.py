@@ -168,6 +168,7 @@ class EngineLoop:
 
     def _status(self) -> Status:
         scheduler, manager = self._engine.scheduler, self._engine.manager
+        manager.collect()  # an engine without requests takes no step that would
         return Status(
             num_steps=self._num_steps,
             num_running=len(scheduler.running),

@@ -111,6 +111,7 @@ function tierBar(tier) {
   for (const [kind, name, bytes] of parts) {
     const part = element("span", kind);
     part.style.flexGrow = bytes / (tier.capacity_bytes || 1);
+    part.style.minWidth = bytes ? "3px" : 0; // however little, it is seen
     bar.append(part);
     legend.append(element("li", kind, `${size(bytes)} ${name}`));
   }
