@@ -89,9 +89,9 @@ class Usage:
     """Prompt tokens read from the prefix cache instead of computed."""
     num_cache_write_tokens: int = 0
     """Prompt tokens computed whose KV the prefix cache had not and now offers to later requests."""
-    num_restored_tokens: int = 0
-    """Those of them that had to be brought back from disk."""
     num_output_tokens: int = 0
+    num_restored_tokens: int = 0
+    """Of the cached ones, those that had to be brought back from disk."""
     num_draft_tokens: int = 0
     """Guessed output tokens that the model verified."""
     num_accepted_tokens: int = 0
