@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 
@@ -235,6 +236,21 @@ class CacheManager:
     def num_referenced(self) -> int:
         return sum(pool.num_referenced for pool in self.pools)
 
+    @property
+    def pool_bytes(self) -> int:
+        """Of the blocks of all pools, and..."""
+        return self._bytes(lambda pool: pool.num_blocks)
+
+    @property
+    def referenced_bytes(self) -> int:
+        """...of those that requests or transfers hold, and..."""
+        return self._bytes(lambda pool: pool.num_referenced)
+
+    @property
+    def cached_bytes(self) -> int:
+        """...of those that nobody holds and the prefix cache offers."""
+        return self._bytes(lambda pool: pool.num_cached)
+
     def check(self) -> None:
         """Assert every invariant of the pools, and that references are what tables and
         transfers say."""
@@ -254,6 +270,12 @@ class CacheManager:
             pool.check()
             tables = [holding.open_tables[i] for holding in self._holdings.values()]
             assert pool.num_referenced == sum(map(len, tables)) == len(set(chain(*tables)))
+
+    def _bytes(self, num_blocks: Callable[[BlockPool], int]) -> int:
+        return sum(
+            num_blocks(pool) * group.block_bytes + num_blocks(open_pool) * group.open_block_bytes
+            for group, pool, open_pool in zip(self.groups, self.pools, self.open_pools, strict=True)
+        )
 
     def _close(self, holding: _Holding, first: int, end: int) -> None:
         """Give back the open blocks before table entry ``first`` and from ``end`` on."""

@@ -18,6 +18,7 @@ from typing import Any
 
 from tael.economics.journal import Journal, Outcome
 from tael.economics.rate_card import RateCard, ServiceTier
+from tael.economics.report import Spending
 from tael.errors import TaelError
 from tael.request import Usage
 
@@ -50,6 +51,7 @@ class Ledger:
             with self._journal.transaction():
                 self._journal.add_rate_card(rate_card)
                 self.num_recovered = self._journal.recover()
+            self._spending = stack.enter_context(closing(Spending(path)))
             self._resources = stack.pop_all()
         self._queue: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
         self._postponed: list[_Entry] = []
@@ -95,6 +97,10 @@ class Ledger:
         return self._submit(
             lambda: self._journal.settle(request_id, counts, outcome), must_be_written=True
         )
+
+    def spent(self, key_id: str) -> tuple[str, int]:
+        """The currency, and the nano that a key was charged up to now."""
+        return self._spending.of(key_id)
 
     def close(self) -> None:
         """Write what was submitted, then end. Nothing may be submitted after."""

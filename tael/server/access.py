@@ -14,9 +14,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tael.economics.keys import Key, Keys
 from tael.server.errors import ApiError
+from tael.server.page import FILES
 
-PUBLIC = frozenset({"/health/live", "/health/ready"})
-"""Exact paths that need no key. They tell nothing but whether to send requests here."""
+PUBLIC = frozenset({"/health/live", "/health/ready", *FILES})
+"""Exact paths that need no key. They tell nothing but whether to send requests here, and what is in
+the package: the page asks for a key itself."""
 
 ANONYMOUS = Key(key_id="anonymous", name="anonymous", tenant="anonymous")
 """Who calls a server that has no keys."""

@@ -14,10 +14,11 @@ from starlette.exceptions import HTTPException
 from tael import __version__
 from tael.economics.keys import Key
 from tael.economics.rate_card import ServiceTier
-from tael.server import anthropic, chat, completions, responses
+from tael.server import anthropic, chat, completions, page, responses
 from tael.server.access import Access, BodyLimit
 from tael.server.anthropic_schema import CountTokensRequest, MessagesRequest
 from tael.server.errors import ApiError, bad_request
+from tael.server.live import live_view
 from tael.server.openai_schema import ChatRequest, CompletionRequest, TokenizeRequest
 from tael.server.responses_schema import ResponsesRequest
 from tael.server.service import Run, Service
@@ -47,6 +48,12 @@ async def metrics(request: Request) -> Response:
     return Response(
         _service(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8"
     )
+
+
+@router.get("/live")
+async def live_figures(request: Request) -> dict[str, Any]:
+    """What the page shows beside the chat."""
+    return live_view(_service(request), _key(request))
 
 
 @router.get("/v1/models")
@@ -149,6 +156,7 @@ def create_app(
     )
     app.state.service = service
     app.include_router(router)
+    app.include_router(page.router)
 
     def failure(request: Request, error: ApiError) -> Response:
         service.metrics.error(error.status)

@@ -38,6 +38,7 @@ from tael.server.messages import (
     Ready,
     Refused,
     Status,
+    TierUsage,
     command_decoder,
     frame,
 )
@@ -180,6 +181,7 @@ class EngineLoop:
 
     def _status(self) -> Status:
         scheduler, manager = self._engine.scheduler, self._engine.manager
+        manager.collect()  # an engine without requests takes no step that would
         return Status(
             num_steps=self._num_steps,
             num_running=len(scheduler.running),
@@ -188,7 +190,17 @@ class EngineLoop:
             num_referenced_blocks=manager.num_referenced,
             num_prefix_query_tokens=manager.num_prefix_query_tokens,
             num_prefix_hit_tokens=manager.num_prefix_hit_tokens,
+            tiers=self._tiers(),
         )
+
+    def _tiers(self) -> tuple[TierUsage, ...]:
+        manager, disk = self._engine.manager, self._engine.tier
+        memory = TierUsage(
+            "memory", manager.pool_bytes, manager.referenced_bytes, manager.cached_bytes
+        )
+        if disk is None:
+            return (memory,)
+        return (memory, TierUsage("disk", disk.index.capacity_bytes, 0, disk.used_bytes))
 
 
 def main(socket_path: str) -> None:

@@ -108,6 +108,17 @@ class Ended(Message, frozen=True):
     usage: Usage | None
 
 
+class TierUsage(msgspec.Struct, frozen=True):
+    """Where KV lies. What is neither used nor cached is free."""
+
+    name: str
+    capacity_bytes: int
+    used_bytes: int
+    """Of blocks that requests hold."""
+    cached_bytes: int
+    """Of blocks that only the prefix cache keeps."""
+
+
 class Status(Message, frozen=True):
     """Sent by the thread that computes: several times a second, or after a step that took longer.
     That it comes is the proof that the engine is alive."""
@@ -121,6 +132,8 @@ class Status(Message, frozen=True):
     """Those that unfinished requests hold."""
     num_prefix_query_tokens: int
     num_prefix_hit_tokens: int
+    tiers: tuple[TierUsage, ...]
+    """The fastest first."""
 
 
 Command = EngineSettings | Add | Abort

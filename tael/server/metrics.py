@@ -92,6 +92,13 @@ class _Watcher(Collector):
         yield gauge("kv_cache_usage_perc", "Share of the KV blocks that requests hold.", share)
         yield gauge("kv_blocks", "KV blocks of the pools.", status.num_blocks)
         yield gauge("kv_blocks_referenced", "Held by requests.", status.num_referenced_blocks)
+        tiers = GaugeMetricFamily("tael_kv_bytes", "KV by where it lies.", labels=["tier", "state"])
+        for tier in status.tiers:
+            free_bytes = tier.capacity_bytes - tier.used_bytes - tier.cached_bytes
+            tiers.add_metric([tier.name, "used"], tier.used_bytes)
+            tiers.add_metric([tier.name, "cached"], tier.cached_bytes)
+            tiers.add_metric([tier.name, "free"], free_bytes)
+        yield tiers
         for name, text, value in (
             ("queries", "Tokens looked up in the prefix cache.", status.num_prefix_query_tokens),
             ("hits", "Tokens found there.", status.num_prefix_hit_tokens),

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import secrets
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -26,6 +27,7 @@ from tael.request import FinishReason, SamplingParams, TokenLogprobs, Usage
 from tael.server.admission import Admission, Price
 from tael.server.engine_client import EngineClient, EngineDownError, RefusedError
 from tael.server.errors import ApiError, bad_request, engine_down
+from tael.server.meter import Meter
 from tael.server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -84,6 +86,10 @@ class Service:
         """The name that callers use."""
         self.keys = keys
         self.ledger = ledger
+        self.output_tokens = Meter()
+        """Of all callers, as they are delivered."""
+        self.usage_of_key: defaultdict[str, Usage] = defaultdict(Usage)
+        """By key id: of the requests that this process has settled."""
         self.is_draining = False
         """No request is taken any more; those under way are finished."""
         # Two, so that a long prompt does not hold up short ones; more would take cores from steps.
@@ -308,6 +314,7 @@ class Run:
         elif delta.token_ids:
             self._service.metrics.next_token(self._last_token_s)
         self._last_token_s = time.monotonic()
+        self._service.output_tokens.add(len(delta.token_ids))
 
     def _count(self, first_index: int, delta: OutputDelta, begun: Usage) -> None:
         """Record what is delivered, and what its prompt took: at the first token and then now and
@@ -328,6 +335,8 @@ class Run:
                 self.usage.num_prompt_tokens + self.usage.num_output_tokens
             )
             self._gate.close()
+            total = self._service.usage_of_key
+            total[self._key.key_id] = _sum([total[self._key.key_id], self.usage])
             self._service.metrics.request(self._arrival_s, self.usage, self._outcome)
             self._settle_ledger()
 

@@ -160,7 +160,7 @@ def test_large_bodies_are_refused_unread(server: Running) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/", 404),
+        ("POST", "/", 405),
         ("GET", "/v1/models/../../etc/passwd", 404),
         ("GET", "/v1/models/..%2f..%2fetc%2fpasswd", 404),
         ("GET", "/v1/chat/completions", 405),

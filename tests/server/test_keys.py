@@ -63,7 +63,7 @@ def guarded(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 ROUTES = [
-    ("GET", "/"),
+    ("GET", "/live"),
     ("GET", "/metrics"),
     ("GET", "/openapi.json"),
     ("GET", "/v1/models"),
@@ -76,6 +76,7 @@ ROUTES = [
     ("POST", "/tokenize"),
     ("GET", "/health/live/"),
     ("GET", "//health/live"),
+    ("GET", "/page.css/../live"),
     ("GET", "/health/live/../../v1/models"),
     ("GET", "/health/live%2f..%2f..%2fmetrics"),
     ("GET", "/HEALTH/LIVE"),

@@ -44,6 +44,20 @@ def run(manager: CacheManager, request: Request) -> int:
     return num_hit_tokens
 
 
+def test_bytes_by_state() -> None:
+    packed = CacheGroup(layers=(2,), window=None, block_bytes=3, open_block_bytes=7)
+    manager = CacheManager((FULL, packed), (16, 8), BLOCK, b"model", num_open_blocks=4)
+    assert manager.pool_bytes == 16 * 100 + 8 * 3 + 4 * 7
+    assert manager.referenced_bytes == manager.cached_bytes == 0
+    request = make_request(list(range(9)))
+    assert manager.start(request, 9)
+    compute(manager, request, 9)  # two whole blocks, and one that is open
+    assert manager.referenced_bytes == 3 * (100 + 3) + 7
+    manager.free(request)
+    assert manager.referenced_bytes == 0
+    assert manager.cached_bytes == 2 * (100 + 3)
+
+
 @pytest.mark.parametrize(
     ("num_tokens", "num_hit_tokens"), [(3, 0), (4, 0), (5, 4), (8, 4), (9, 8), (11, 8)]
 )

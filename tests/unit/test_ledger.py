@@ -260,6 +260,23 @@ def test_two_servers_do_not_write_one_ledger(ledger: Ledger, path: Path) -> None
     assert ledger.settle("a", USAGE, Outcome.FINISHED).result() == COST
 
 
+def test_spent_is_what_the_file_says(path: Path) -> None:
+    """For each key, whoever wrote it: this server, an earlier one, or another process."""
+    for run in range(2):
+        with closing(Ledger(path, CARD)) as ledger:
+            assert ledger.spent("k") == ("USD", 2 * COST * run)
+            for i, key_id in enumerate(("k", "other", "k")):
+                reserve(ledger, f"{run}/{i}", key_id).result()
+                ledger.settle(f"{run}/{i}", USAGE, Outcome.FINISHED).result()
+                assert ledger.spent("k") == ("USD", COST * (2 * run + (1, 1, 2)[i]))
+            assert ledger.spent("other") == ("USD", COST * (run + 1))
+    with closing(Ledger(path, CARD)) as ledger, closing(Journal(path)) as journal:
+        with journal.transaction():
+            journal.correct("0/0", "goodwill")
+        assert ledger.spent("k") == ("USD", 3 * COST)
+        assert ledger.spent("nobody") == ("USD", 0)
+
+
 def test_corrections_reverse(path: Path) -> None:
     clock = Clock()
     with closing(Ledger(path, CARD, clock=clock)) as ledger:
