@@ -93,7 +93,7 @@ def test_command(model_path: Callable[[str], Path], tmp_path: Path) -> None:
     cost = drafts["cost"]
     assert 0 < cost["kv_bytes"] < cost["peak_rss_bytes"]
     assert cost["s_per_token"] > 0
-    assert "EC_rel" in outcome.output.splitlines()[2]
+    assert "EC_rel" in outcome.stdout.splitlines()[0]
     assert (tmp_path / "plot.png").exists()
 
 

@@ -63,9 +63,8 @@ def test_warm_prefix_figures() -> None:
     assert f"after {result['restored_s']:.2f} s instead of {result['cold_s']:.1f} s" in text
     assert f"{result['times_sooner']:.0f} times sooner" in text
     for case in (restoring, storing):
-        assert (
-            f"{case['busy_median_ms']:.1f} ms instead of {case['alone_median_ms']:.1f} ms" in text
-        )
+        busy, alone = case["busy_median_ms"], case["alone_median_ms"]
+        assert f"{busy:.1f} ms instead of {alone:.1f} ms" in text
         assert f"{case['num_busy_steps']} steps" in text
 
 

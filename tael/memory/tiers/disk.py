@@ -108,8 +108,8 @@ class DiskTier:
             self._scan()
         except OSError as error:
             self._turn_off(error)
-        # At the usual priority: a lower one makes a load take five times as long, and what runs
-        # beside it lose more in all (measured: 133 steps by 5 ms each, not 27 by 8 ms).
+        # At the usual priority: a lower one makes a load take five times as long, and others lose
+        # more by it in all (measured: 133 steps by 5 ms each, not 27 by 8 ms).
         self._thread = threading.Thread(target=self._run, name="tael-disk", daemon=True)
         self._thread.start()
 
