@@ -101,6 +101,7 @@ def test_tools(client: Anthropic, stream: bool, choice: dict[str, Any]) -> None:
         "messages": MESSAGES,
         "tools": TOOLS,
         "tool_choice": choice,
+        "extra_body": GREEDY,
     }
     if stream:
         with client.messages.stream(**parameters) as events:

@@ -231,6 +231,7 @@ def test_json_schema(client: OpenAI, stream: bool, temperature: float) -> None:
         model=MODEL,
         messages=MESSAGES,
         temperature=temperature,
+        seed=1,
         stream=stream,
         response_format={
             "type": "json_schema",
@@ -282,6 +283,7 @@ def test_tools(client: OpenAI, stream: bool, choice: str) -> None:
         messages=MESSAGES,
         tools=TOOLS,
         tool_choice=tool_choice,
+        temperature=0,
         stream=stream,
     )
     calls, reasons = [], []
