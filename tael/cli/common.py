@@ -76,6 +76,12 @@ def model_options(command: F) -> F:
             help="Context that each token of the answer reads, chosen anew for every token and KV "
             "head.  [default: all]",
         ),
+        "prefill_budget": click.option(
+            "--prefill-budget",
+            type=token_count,
+            metavar="TOKENS",
+            help="The same for each token of the prompt.  [default: all]",
+        ),
         "kv_cache_dir": click.option(
             "--kv-cache-dir",
             type=click.Path(file_okay=False),
@@ -89,12 +95,6 @@ def model_options(command: F) -> F:
             metavar="SIZE",
             show_default=True,
             help="Most that the folder holds.",
-        ),
-        "prefill_budget": click.option(
-            "--prefill-budget",
-            type=token_count,
-            metavar="TOKENS",
-            help="The same for each token of the prompt.  [default: all]",
         ),
     }
 

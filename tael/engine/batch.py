@@ -30,7 +30,6 @@ def build_batch(
         token_ids += entry.draft_token_ids
         positions[start : start + count] += first - start
     tables = [manager.block_tables(entry.request) for entry in scheduled]
-    open_tables = [manager.open_tables(entry.request) for entry in scheduled]
     ends = zip(scheduled, query_start[1:].tolist(), strict=True)
     sampled = [range(end - entry.num_logits, end) for entry, end in ends]
     num_rows = [entry.num_logits for entry in scheduled]
@@ -46,7 +45,7 @@ def build_batch(
         positions=positions,
         query_start=query_start,
         block_tables=tuple(_padded(group) for group in zip(*tables, strict=True)),
-        open_tables=tuple(_padded(group) for group in zip(*open_tables, strict=True)),
+        open_tables=_open_tables(scheduled, manager),
         logits_indices=np.array(list(chain.from_iterable(sampled)), dtype=np.int32),
         temperatures=np.array(
             [scaling_temperature(request.params) for request in requests], np.float32
@@ -56,6 +55,15 @@ def build_batch(
         if config.reads_sparsely
         else None,
     )
+
+
+def _open_tables(
+    scheduled: list[ScheduledRequest], manager: CacheManager
+) -> tuple[NDArray[np.int32], ...]:
+    if not any(group.open_block_bytes for group in manager.groups):
+        return ()
+    tables = [manager.open_tables(entry.request) for entry in scheduled]
+    return tuple(_padded(group) for group in zip(*tables, strict=True))
 
 
 def _kv_budgets(

@@ -1,4 +1,4 @@
-"""The command line, with a model that answers from a list."""
+"""The command line, with a model that answers from a list; one file for all its commands."""
 
 from __future__ import annotations
 

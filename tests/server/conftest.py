@@ -6,12 +6,21 @@ from pathlib import Path
 import pytest
 from running import TOOL_TEMPLATE, Running, eventually, running, save_model
 
+from tael import LLM
+
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
     save_model(path, TOOL_TEMPLATE)
     return path
+
+
+@pytest.fixture(scope="session")
+def llm(folder: Path) -> Iterator[LLM]:
+    """The same model in this process: what answers ought to be."""
+    with LLM(str(folder), backend="reference") as llm:
+        yield llm
 
 
 @pytest.fixture(scope="session")

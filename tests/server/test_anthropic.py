@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -17,12 +15,6 @@ MESSAGES: list[Any] = [{"role": "user", "content": [{"type": "text", "text": "Sa
 GREEDY = {"temperature": 0}
 """Newer clients do not offer it, older ones send it."""
 PLAIN = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say hi"}]
-
-
-@pytest.fixture(scope="module")
-def llm(folder: Path) -> Iterator[LLM]:
-    with LLM(str(folder), backend="reference") as llm:
-        yield llm
 
 
 @pytest.fixture

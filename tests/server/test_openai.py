@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import openai
@@ -20,12 +18,6 @@ MESSAGES: list[Any] = [
     {"role": "user", "content": [{"type": "text", "text": "Say "}, {"type": "text", "text": "hi"}]},
 ]
 PLAIN = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say hi"}]
-
-
-@pytest.fixture(scope="module")
-def llm(folder: Path) -> Iterator[LLM]:
-    with LLM(str(folder), backend="reference") as llm:
-        yield llm
 
 
 @pytest.fixture

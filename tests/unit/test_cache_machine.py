@@ -5,7 +5,8 @@ last written there. Before a step, every position that its queries look at and t
 be computed must hold the KV of the request's own prefix; after the step, the new ones too. That
 catches blocks shared wrongly, published before they were complete, released while a query
 still needed them, or evicted in use. Drafts, right ones and wrong ones, write KV like other
-tokens and must leave no trace: neither in the bookkeeping nor in what a request gets.
+tokens and must leave no trace: neither in the bookkeeping nor in what a request gets. One file: the
+machine, its tier and the mistakes that it must catch are one simulation.
 
 In half of the lives there is a tier below the pools, with a random will: it stores and loads block
 by block whenever it likes, forgets, and fails.
