@@ -9,6 +9,7 @@
 #pragma once
 
 #include "common/half.hpp"
+#include "common/unrolled.hpp"
 #include "quant/formats.hpp"
 
 namespace tael::tiles {
@@ -27,7 +28,7 @@ template <class S, int step> typename S::B or_bits2_step(typename S::B v, const 
 }
 
 // Vector i of the 6-bit vectors packed by fours into 48 bytes.
-template <class S> typename S::I load_six_bits(const uint8_t* packed, int i) {
+template <class S> inline __attribute__((always_inline)) typename S::I load_six_bits(const uint8_t* packed, int i) {
   const uint8_t* p = packed + i / 4 * 48;
   if (i % 4 < 3) return S::and_int(S::load_u8(p + i % 4 * 16), 63);
   const typename S::I low = S::template shr_int<6>(S::load_u8(p));
@@ -110,10 +111,10 @@ template <class S, int planes> struct AffineK {
     const uint8_t* packed = p + planes;
     const typename S::F d = S::load_f16(packed + 192);
     const typename S::F dmin = S::sub(S::zero(), S::load_f16(packed + 224));
-    for (int g = 0; g < 8; ++g) {
+    unrolled([&](auto g) {
       scales[g] = S::mul(d, S::from_int(load_six_bits<S>(packed, g)));
       minimums[g] = S::mul(dmin, S::from_int(load_six_bits<S>(packed, 8 + g)));
-    }
+    }, std::make_integer_sequence<int, 8>{});
   }
   typename S::F scale(int g, int) const { return scales[g]; }
   typename S::F minimum(int g, int) const { return minimums[g]; }

@@ -8,17 +8,11 @@
 // them from a panel, in which a piece of a few tiles has been unpacked once for all tokens.
 #pragma once
 
-#include <utility>
-
+#include "common/unrolled.hpp"
 #include "kernels/types.hpp"
 #include "quant/tiles.hpp"
 
 namespace tael {
-
-template <class Fn, int... i> inline __attribute__((always_inline)) void unrolled(
-    Fn fn, std::integer_sequence<int, i...>) {
-  (fn(std::integral_constant<int, i>{}), ...);
-}
 
 // Groups of 32 columns in a panel: two tiles of it and the activations of a pack fit the L1 cache.
 constexpr int kPanelGroups = 32;
