@@ -23,6 +23,7 @@ namespace {
 using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Bytes2D = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Pool = nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Room = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Floats2D = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Ints = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -154,6 +155,7 @@ struct ModelHandle {
         .key_summaries = nb::cast<bool>(attention["key_summaries"]),
         .layer_offset = nb::cast<int64_t>(attention["layer_offset"]),
         .open_layer_offset = nb::cast<int64_t>(attention["open_layer_offset"]),
+        .first_head = number("first_head"),
     };
     AttentionWeights weights{
         matrix(attention, "q"), matrix(attention, "k"), matrix(attention, "v"), matrix(attention, "o"),
@@ -167,14 +169,36 @@ struct ModelHandle {
                      vector(norms, "ffn_post")});
   }
 
+  BlockPool hold(const Pool& array) {
+    keep.push_back(nb::cast(array));
+    return {array.data(), int64_t(array.shape(0)), int64_t(array.shape(1))};
+  }
+
   void bind_kv(int group, Pool blocks, std::optional<Pool> open) {
-    const auto pool = [&](const Pool& array) -> BlockPool {
-      keep.push_back(nb::cast(array));
-      return {array.data(), int64_t(array.shape(0)), int64_t(array.shape(1))};
-    };
-    model.bind_kv(group, pool(blocks), open ? pool(*open) : BlockPool{});
+    model.bind_kv(group, hold(blocks), open ? hold(*open) : BlockPool{});
+  }
+
+  void bind_tiered_kv(int group, nb::object tiered, Pool summaries, Pool open);
+};
+
+// TieredPool plus the slots that it moves.
+struct TieredPoolHandle {
+  Pool slots;
+  TieredPool pool;
+  TieredPoolHandle(int fd, int64_t num_blocks, int heads_per_block, Pool slots)
+      : slots(slots),
+        pool(fd, num_blocks, heads_per_block, slots.data(), int64_t(slots.shape(0)), int64_t(slots.shape(1))) {}
+
+  template <class Array> void check(int32_t block, const Array& payload) const {
+    if (block < 0 || block >= pool.num_blocks() || int64_t(payload.size()) != pool.heads_per_block() * pool.slot_bytes())
+      throw std::out_of_range("block or payload of a tiered pool");
   }
 };
+
+void ModelHandle::bind_tiered_kv(int group, nb::object tiered, Pool summaries, Pool open) {
+  keep.push_back(tiered);
+  model.bind_kv(group, &nb::cast<TieredPoolHandle&>(tiered).pool, hold(summaries), hold(open));
+}
 
 // A view of what belongs to the model: [rows, columns] or [rows].
 template <class T> auto view(nb::handle self, const Buffer<T>& buffer, int64_t rows, int64_t columns, int64_t stride) {
@@ -244,7 +268,7 @@ NB_MODULE(_native, m) {
     return tile_bytes(format_named(format), columns);
   }, "format"_a, "columns"_a);
   m.def("repack", [](const std::string& format, Bytes2D rows, int64_t columns,
-                     nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> tiles) {
+                     Room tiles) {
     const Format f = format_named(format);
     const FormatInfo& info = kFormats[int(f)];
     const int64_t num_rows = int64_t(rows.shape(0));
@@ -270,6 +294,33 @@ NB_MODULE(_native, m) {
   nb::class_<MatrixHandle>(m, "Matrix")
       .def(nb::init<const std::string&, int64_t, int64_t, Bytes>(), "format"_a, "rows"_a, "columns"_a, "tiles"_a);
 
+  nb::exception<LostBlocks>(m, "LostBlocks");
+  m.attr("SLOT_ALIGNMENT") = TieredPool::kAlignment;
+  m.def("min_slots", &TieredPool::min_slots, "num_threads"_a);
+  nb::class_<TieredPoolHandle>(m, "TieredPool")
+      .def(nb::init<int, int64_t, int, Pool>(), "fd"_a, "num_blocks"_a, "heads_per_block"_a, "slots"_a.noconvert())
+      .def("read_block", [](TieredPoolHandle& self, int32_t block, Room out) {
+        self.check(block, out);
+        nb::gil_scoped_release release;
+        self.pool.read_block(block, out.data());
+      }, "block"_a, "out"_a.noconvert())
+      .def("write_block", [](TieredPoolHandle& self, int32_t block, Bytes payload) {
+        self.check(block, payload);
+        nb::gil_scoped_release release;
+        self.pool.write_block(block, payload.data());
+      }, "block"_a, "payload"_a)
+      .def("take_lost", [](TieredPoolHandle& self) { return self.pool.take_lost(); })
+      .def_prop_ro("num_bytes", [](const TieredPoolHandle& self) { return self.pool.bytes(); })
+      .def_prop_ro("counters", [](TieredPoolHandle& self) {
+        const TieredPool::Counters c = self.pool.counters();
+        nb::dict out;
+        out["num_hits"] = c.num_hits;
+        out["num_loads"] = c.num_loads;
+        out["num_stores"] = c.num_stores;
+        out["num_errors"] = c.num_errors;
+        return out;
+      });
+
   nb::class_<ModelHandle>(m, "Model")
       .def("__init__", [](ModelHandle* self, const std::string& isa, int num_threads, int64_t hidden_size,
                           int64_t vocab_size, float norm_eps, float embedding_scale) {
@@ -287,6 +338,8 @@ NB_MODULE(_native, m) {
         self.model.allocate({max_tokens, max_seqs, max_logits, max_model_len, num_candidates});
       }, "max_tokens"_a, "max_seqs"_a, "max_logits"_a, "max_model_len"_a, "num_candidates"_a)
       .def("bind_kv", &ModelHandle::bind_kv, "cache_group"_a, "blocks"_a.noconvert(), "open_blocks"_a.noconvert() = nb::none())
+      .def("bind_tiered_kv", &ModelHandle::bind_tiered_kv, "cache_group"_a, "tiered"_a, "summaries"_a.noconvert(),
+           "open_blocks"_a.noconvert())
       .def_prop_ro("workspace_bytes", [](const ModelHandle& self) { return self.model.workspace_bytes(); })
       .def("forward", &forward, "token_ids"_a, "positions"_a, "query_start"_a, "block_tables"_a, "open_tables"_a,
            "logits_indices"_a, "temperatures"_a, "full_logits"_a, "kv_budgets"_a = nb::none())

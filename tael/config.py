@@ -17,6 +17,9 @@ NUM_SINK_BLOCKS, NUM_RECENT_BLOCKS = 4, 4
 MIN_BUDGET_BLOCKS = NUM_SINK_BLOCKS + NUM_RECENT_BLOCKS + 1
 """With the one that the query is in."""
 
+SLOT_ALIGNMENT = 512
+"""What moves between memory and disk is a multiple of so many bytes: direct I/O asks for it."""
+
 MAX_THREADS = 1024
 """More than any machine has cores: a slip of the keyboard."""
 
@@ -86,6 +89,8 @@ class EngineConfig:
     verifies several at once; it changes no token. ``kv_format`` is how complete KV blocks are held
     (one of KV_FORMATS). ``kv_budget`` and ``prefill_budget`` bound the tokens of context whose KV
     each query of the answer and of the prompt reads per KV head under full attention (None: all).
+    ``kv_disk_bytes`` lets the KV of full attention be larger than the memory: all complete blocks are
+    then in a file of at most that size, in ``kv_disk_dir`` (None: Tael's cache folder).
     ``cache_dir`` is a folder in which finished requests leave their KV blocks for later ones and
     later processes, at most ``cache_bytes`` of them (None: they are kept in memory only).
     """
@@ -99,6 +104,8 @@ class EngineConfig:
     kv_format: str = "bf16"
     kv_budget: int | None = None
     prefill_budget: int | None = None
+    kv_disk_bytes: int | None = None
+    kv_disk_dir: Path | None = None
     cache_dir: Path | None = None
     cache_bytes: int = 10 << 30
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)

@@ -8,3 +8,7 @@ class TaelError(Exception):
     it and exits with code 2; the Python API raises it. Programming errors raise ordinary
     exceptions instead.
     """
+
+
+class LostBlocksError(TaelError):
+    """A step read, or wrote, KV blocks that the disk has lost."""

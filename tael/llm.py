@@ -75,7 +75,8 @@ class LLM:
     what follows; it is pulled if it is not here, and ``progress`` shows that. ``memory`` bounds
     the process, in bytes or as "2GiB" (None: what the machine can spare). ``max_model_len`` is the
     longest context in tokens; one beyond the trained length takes a ``rope_scaling`` ("yarn",
-    "yarn:4", "dynamic"). ``kv_cache_dir`` is a folder, of this LLM alone while it lives, in which
+    "yarn:4", "dynamic"). ``kv_disk`` is how large a file may become that holds the KV of contexts
+    beyond the memory. ``kv_cache_dir`` is a folder, of this LLM alone while it lives, in which
     prefixes outlive the process, up to ``kv_cache_size``. Raises TaelError for a model that cannot
     be had or read, a context that it does not reach, a budget that does not hold it and a folder
     that cannot be used.
@@ -96,6 +97,7 @@ class LLM:
         kv_format: str = "bf16",
         kv_budget: int | None = None,
         prefill_budget: int | None = None,
+        kv_disk: int | str | None = None,
         kv_cache_dir: str | Path | None = None,
         kv_cache_size: int | str = "10GiB",
         progress: Progress | None = None,
@@ -110,6 +112,7 @@ class LLM:
             kv_format=kv_format,
             kv_budget=kv_budget,
             prefill_budget=prefill_budget,
+            kv_disk_bytes=None if kv_disk is None else _bytes(kv_disk),
             cache_dir=None if kv_cache_dir is None else Path(kv_cache_dir),
             cache_bytes=_bytes(kv_cache_size),
             scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens),

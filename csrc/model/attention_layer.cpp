@@ -29,13 +29,14 @@ AttentionWorkspace::AttentionWorkspace(const Limits& limits, int num_threads,
   const int64_t blocks = selects ? limits.max_model_len / kBlockTokens : 0;
   for (int t = 0; t < num_threads; ++t)
     scratch.push_back({Buffer<float>(2 * states), Buffer<float>(head_dim), Buffer<uint16_t>(piece_q),
-                       Buffer<uint16_t>(unpacked), BlockSelection(blocks), states});
+                       Buffer<uint16_t>(unpacked), Buffer<int32_t>(limits.max_model_len / kBlockTokens + 1),
+                       BlockSelection(blocks), states});
 }
 
 int64_t AttentionWorkspace::bytes() const {
   int64_t bytes = q.bytes() + k.bytes() + v.bytes() + out.bytes() + shared_states.bytes();
   for (const Scratch& s : scratch)
-    bytes += s.states.bytes() + s.head.bytes() + s.q.bytes() + s.unpacked.bytes() + s.selection.bytes();
+    bytes += s.states.bytes() + s.head.bytes() + s.q.bytes() + s.unpacked.bytes() + s.slots.bytes() + s.selection.bytes();
   return bytes;
 }
 
@@ -60,24 +61,73 @@ void AttentionLayer::attend(const Step& step, const LinearInput& x, const RopeTa
 
 namespace {
 
-// All partitions of a task, into the first of the thread's states.
-void attend_whole(const Kernels& kernels, const AttentionTask& task, int first_partition, int last_partition,
-                  const AttentionWorkspace::Scratch& scratch) {
-  float *total = scratch.states.data(), *next = total + scratch.state_floats;
-  kernels.attention_partition(task, first_partition, total);
-  for (int p = first_partition + 1; p < last_partition; ++p) {
-    kernels.attention_partition(task, p, next);
-    kernels.attention_merge(total, next, task.num_rows(), task.head_dim);
+constexpr int kPartitionBlocks = kPartitionTokens / kBlockTokens;
+
+// Walks partitions of a task in order. The blocks of a tiered pool are brought into memory a few partitions
+// ahead of the one that is computed.
+class PartitionWalk {
+ public:
+  PartitionWalk(const Kernels& kernels, const AttentionTask& task, TieredPool* tiered, int first_head, int last_partition,
+                int32_t* slots)
+      : kernels_(kernels), task_(task), tiered_(tiered), head_(first_head + task.kv_head), last_(last_partition),
+        blocks_(task.block_table), slots_(slots) {
+    if (!tiered_) return;
+    task_.block_table = slots;
+    task_.kv_head = 0;  // of a slot
   }
-}
+
+  void run(int partition, float* states) {
+    if (!tiered_) {
+      kernels_.attention_partition(task_, partition, states);
+      return;
+    }
+    if (num_begun_ <= partition) num_begun_ = partition;
+    for (; num_begun_ < last_ && num_begun_ < partition + kAhead; ++num_begun_)
+      tiered_->pin(head_, blocks_ + begin(num_begun_), count(num_begun_), slots_ + begin(num_begun_));
+    tiered_->wait(slots_ + begin(partition), count(partition));
+    kernels_.attention_partition(task_, partition, states);
+    tiered_->unpin(slots_ + begin(partition), count(partition));
+  }
+
+ private:
+  static constexpr int kAhead = 5;  // so many in all
+  static_assert(kAhead * kPartitionBlocks <= TieredPool::kMaxPinned);
+
+  // Complete blocks of a partition.
+  static int begin(int partition) { return partition * kPartitionBlocks; }
+  int count(int partition) const {
+    return std::clamp(task_.first_position / kBlockTokens - begin(partition), 0, kPartitionBlocks);
+  }
+
+  const Kernels& kernels_;
+  AttentionTask task_;
+  TieredPool* const tiered_;
+  const int head_, last_;
+  const int32_t* const blocks_;
+  int32_t* const slots_;
+  int num_begun_ = 0;
+};
 
 }  // namespace
+
+// All partitions of a task, into the first of the thread's states.
+void AttentionLayer::attend_whole(const Step& step, const AttentionTask& task, int first_partition, int last_partition,
+                                  const AttentionWorkspace::Scratch& scratch) const {
+  float *total = scratch.states.data(), *next = total + scratch.state_floats;
+  PartitionWalk walk(step.kernels, task, tiered_, config_.first_head, last_partition, scratch.slots.data());
+  walk.run(first_partition, total);
+  for (int p = first_partition + 1; p < last_partition; ++p) {
+    walk.run(p, next);
+    step.kernels.attention_merge(total, next, task.num_rows(), task.head_dim);
+  }
+}
 
 // The task of a token over `budget` blocks: as if the sequence had no others.
 AttentionTask AttentionLayer::select(const Step& step, const AttentionTask& task, int budget,
                                      BlockSelection& selection) const {
   const int num_blocks = task.first_position / kBlockTokens;
-  step.kernels.score_blocks(task, summary(0, task.kv_head), complete_.block_bytes, num_blocks, selection.scores.data());
+  step.kernels.score_blocks(task, summaries_.head(0, task.kv_head), summaries_.block_bytes, num_blocks,
+                            selection.scores.data());
   AttentionTask chosen = task;
   const int num_chosen = select_blocks(selection, task.block_table, num_blocks, budget);
   chosen.block_table = selection.chosen.data();
@@ -111,19 +161,20 @@ void AttentionLayer::run_piece(const Step& step, const RopeTable& rope, Attentio
 
   if (piece.budget > 0) {
     const AttentionTask chosen = select(step, task, piece.budget, scratch.selection);
-    attend_whole(kernels, chosen, 0, chosen.first_position / kPartitionTokens + 1, scratch);
+    attend_whole(step, chosen, 0, chosen.first_position / kPartitionTokens + 1, scratch);
     finish(piece, chosen, step, ws, scratch.states.data());
     return;
   }
   if (piece.merge < 0) {
-    attend_whole(kernels, task, piece.first_partition, piece.last_partition, scratch);
+    attend_whole(step, task, piece.first_partition, piece.last_partition, scratch);
     finish(piece, task, step, ws, scratch.states.data());
     return;
   }
   const int64_t floats = task.num_rows() * attention_state_floats(shape.head_dim);
   AttentionMerge& merge = plan.merge(piece.merge);
   float* total = ws.shared_states.data() + merge.states;
-  kernels.attention_partition(task, piece.first_partition, total + (piece.first_partition - merge.first_partition) * floats);
+  PartitionWalk(kernels, task, tiered_, config_.first_head, piece.last_partition, scratch.slots.data())
+      .run(piece.first_partition, total + (piece.first_partition - merge.first_partition) * floats);
   // The last to finish merges.
   if (merge.num_finished.fetch_add(1, std::memory_order_acq_rel) + 1 < merge.num_partitions) return;
   merge.num_finished.store(0, std::memory_order_relaxed);
@@ -173,8 +224,11 @@ void AttentionLayer::complete_block(const Step& step, int32_t seq, int32_t block
   const int32_t own = step.batch.block_tables[config_.cache_group].row(seq)[block];
   const uint16_t* open = open_keys(step.batch, seq, block, kv_head);
   const int head_dim = config_.shape.head_dim;
-  if (config_.key_summaries) summarize_keys(open, head_dim, (uint16_t*)summary(own, kv_head));
-  if (open_.data) pack_head(config_.kv_format, open, head_dim, complete_.head(own, kv_head));
+  if (config_.key_summaries) summarize_keys(open, head_dim, (uint16_t*)summaries_.head(own, kv_head));
+  if (!open_.data) return;
+  const int32_t place = tiered_ ? tiered_->begin_store(config_.first_head + kv_head, own) : own;
+  pack_head(config_.kv_format, open, head_dim, complete_head(place, kv_head));
+  if (tiered_) tiered_->end_store(place);
 }
 
 // Stores the key and the value of one token and KV head.

@@ -4,6 +4,7 @@
 #include "kernels/key_summary/key_summary.hpp"
 #include "model/attention_plan.hpp"
 #include "model/block_selection.hpp"
+#include "tiers/tiered_pool.hpp"
 
 namespace tael {
 
@@ -18,6 +19,7 @@ struct AttentionConfig {
   bool key_summaries;    // complete blocks have them, behind the KV of all heads
   int64_t layer_offset;  // bytes, of this layer in a block of the group
   int64_t open_layer_offset;  // and in a block that is being filled, if those have a pool of their own
+  int first_head;             // of this layer among the KV heads of a block of the group
 };
 
 struct AttentionWeights {
@@ -38,6 +40,7 @@ struct AttentionWorkspace {
     Buffer<float> head;       // of a query, a key or a value
     Buffer<uint16_t> q;
     Buffer<uint16_t> unpacked;  // a chunk of KV blocks
+    Buffer<int32_t> slots;      // of a tiered pool, by entry of a block table
     BlockSelection selection;
     int64_t state_floats;     // of one set
   };
@@ -54,11 +57,19 @@ class AttentionLayer {
   const AttentionConfig& config() const { return config_; }
   const AttentionWeights& weights() const { return weights_; }
   // `open` is the pool of blocks that are being filled; without one (data null), these are blocks
-  // of `complete` too.
-  void bind_kv(const KVPool& complete, const KVPool& open) {
+  // of `complete` too. `summaries` are those of a block's heads.
+  void bind_kv(const KVPool& complete, const KVPool& open, const KVPool& summaries) {
     complete_ = complete;
     open_ = open;
+    summaries_ = summaries;
+    tiered_ = nullptr;
   }
+  // Complete blocks in a tiered pool: `complete` are its slots.
+  void bind_kv(TieredPool* tiered, const KVPool& open, const KVPool& summaries) {
+    bind_kv({tiered->data(), tiered->slot_bytes(), 0, head_bytes()}, open, summaries);
+    tiered_ = tiered;
+  }
+  int64_t head_bytes() const { return kv_head_bytes(config_.kv_format, config_.shape.head_dim); }
 
   // ws.out = attention(x), before the output projection. Called by every thread.
   void attend(const Step& step, const LinearInput& x, const RopeTable& rope, AttentionPlan& plan,
@@ -73,15 +84,17 @@ class AttentionLayer {
                        const AttentionPiece& piece) const;
   void append(const Step& step, const RopeTable& rope, const AttentionWorkspace& ws, int64_t token, int kv_head) const;
   AttentionTask select(const Step& step, const AttentionTask& task, int budget, BlockSelection& selection) const;
-  uint8_t* summary(int32_t block, int kv_head) const {
-    return complete_.head(block, config_.shape.num_kv_heads) + kv_head * summary_bytes(config_.shape.head_dim);
-  }
+  void attend_whole(const Step& step, const AttentionTask& task, int first_partition, int last_partition,
+                    const AttentionWorkspace::Scratch& scratch) const;
+  // Of a complete block, or of the slot that its head is in.
+  uint8_t* complete_head(int32_t place, int kv_head) const { return complete_.head(place, tiered_ ? 0 : kv_head); }
   void complete_block(const Step& step, int32_t seq, int32_t block, int kv_head) const;
   uint16_t* open_keys(const Batch& batch, int32_t seq, int32_t block, int kv_head) const;
 
   AttentionConfig config_;
   AttentionWeights weights_;
-  KVPool complete_{}, open_{};
+  KVPool complete_{}, open_{}, summaries_{};
+  TieredPool* tiered_ = nullptr;
 };
 
 }  // namespace tael

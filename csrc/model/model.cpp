@@ -30,6 +30,7 @@ void Model::add_layer(AttentionConfig attention, AttentionWeights weights, Dense
   if (attention.cache_group >= num_cache_groups()) {
     pools_.resize(attention.cache_group + 1);
     open_pools_.resize(attention.cache_group + 1);
+    tiered_pools_.resize(attention.cache_group + 1);
   }
   unpacks_ |= attention.kv_format != KVFormat::BF16;
   selects_ |= attention.key_summaries;
@@ -88,24 +89,55 @@ int64_t Model::workspace_bytes() const {
   return bytes;
 }
 
+namespace {
+
+// One layer's part of a pool, which holds `bytes` from `offset` on.
+KVPool part(const BlockPool& pool, int64_t offset, int64_t bytes, int64_t head_bytes) {
+  if (pool.num_blocks > 0 && offset + bytes > pool.block_bytes) throw std::invalid_argument("KV blocks are too small");
+  return {pool.num_blocks > 0 ? pool.data : nullptr, pool.block_bytes, offset, head_bytes};
+}
+
+KVPool open_part(const BlockPool& open, const AttentionConfig& config) {
+  const int64_t head_bytes = bf16_head_bytes(config.shape.head_dim);
+  return part(open, config.open_layer_offset, config.shape.num_kv_heads * head_bytes, head_bytes);
+}
+
+}  // namespace
+
 void Model::bind_kv(int cache_group, const BlockPool& blocks, const BlockPool& open) {
   for (Layer& layer : layers_) {
     const AttentionConfig& config = layer.attention.config();
     if (config.cache_group != cache_group) continue;
-    const auto part = [&](const BlockPool& pool, int64_t offset, KVFormat format, bool summaries) -> KVPool {
-      const int64_t head_bytes = kv_head_bytes(format, config.shape.head_dim);
-      const int64_t all_bytes = head_bytes + (summaries ? summary_bytes(config.shape.head_dim) : 0);
-      if (pool.num_blocks > 0 && offset + config.shape.num_kv_heads * all_bytes > pool.block_bytes)
-        throw std::invalid_argument("KV blocks are too small");
-      return {pool.num_blocks > 0 ? pool.data : nullptr, pool.block_bytes, offset, head_bytes};
-    };
     if (config.kv_format != KVFormat::BF16 && open.num_blocks == 0)
       throw std::invalid_argument("blocks that are being filled need a pool");
-    layer.attention.bind_kv(part(blocks, config.layer_offset, config.kv_format, config.key_summaries),
-                            part(open, config.open_layer_offset, KVFormat::BF16, false));
+    const int64_t num_heads = config.shape.num_kv_heads, head_bytes = layer.attention.head_bytes();
+    const int64_t summary = config.key_summaries ? summary_bytes(config.shape.head_dim) : 0;
+    layer.attention.bind_kv(
+        part(blocks, config.layer_offset, num_heads * (head_bytes + summary), head_bytes), open_part(open, config),
+        part(blocks, config.layer_offset + num_heads * head_bytes, num_heads * summary, summary));
   }
   pools_.at(cache_group) = blocks;
   open_pools_.at(cache_group) = open;
+  tiered_pools_.at(cache_group) = nullptr;
+}
+
+void Model::bind_kv(int cache_group, TieredPool* tiered, const BlockPool& summaries, const BlockPool& open) {
+  if (open.num_blocks == 0) throw std::invalid_argument("blocks that are being filled need a pool");
+  for (Layer& layer : layers_) {
+    const AttentionConfig& config = layer.attention.config();
+    if (config.cache_group != cache_group) continue;
+    const int64_t num_heads = config.shape.num_kv_heads;
+    const int64_t summary = config.key_summaries ? summary_bytes(config.shape.head_dim) : 0;
+    const int64_t stride = summaries.block_bytes / tiered->heads_per_block();
+    if (layer.attention.head_bytes() > tiered->slot_bytes() || config.first_head + num_heads > tiered->heads_per_block() ||
+        summary > stride || (summary > 0 && summaries.num_blocks < tiered->num_blocks()))
+      throw std::invalid_argument("the tiered pool is too small");
+    layer.attention.bind_kv(tiered, open_part(open, config),
+                            part(summaries, config.first_head * stride, num_heads * stride, stride));
+  }
+  pools_.at(cache_group) = {tiered->data(), tiered->num_blocks(), 0};
+  open_pools_.at(cache_group) = open;
+  tiered_pools_.at(cache_group) = tiered;
 }
 
 void Model::check(const Batch& batch) const {
@@ -167,6 +199,8 @@ const HeadOutput& Model::forward(Batch batch) {
   batch.token_seq = ws_->token_seq.data();
   for (AttentionPlan& plan : plans_) plan.prepare(batch);
   pool_.run([&](int thread) { step({batch, kernels_, pool_, thread}); });
+  for (TieredPool* tiered : tiered_pools_)
+    if (tiered) tiered->check();
   return lm_head_.output();
 }
 

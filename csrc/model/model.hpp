@@ -40,9 +40,13 @@ class Model {
   // `open` has no blocks (num_blocks 0) where those that are being filled lie in the first pool.
   // Throws std::invalid_argument for blocks too small for the layers.
   void bind_kv(int cache_group, const BlockPool& blocks, const BlockPool& open);
+  // Likewise for complete blocks in a tiered pool, which must stay where it is, with the key summaries of
+  // every layer and KV head in turn (no blocks, if the layers have none).
+  void bind_kv(int cache_group, TieredPool* tiered, const BlockPool& summaries, const BlockPool& open);
 
   // What is known of the logits of batch.logits_indices, valid until the next call.
-  // Throws std::out_of_range for a batch beyond the limits, the vocabulary or the block pools.
+  // Throws std::out_of_range for a batch beyond the limits, the vocabulary or the block pools, and
+  // LostBlocks if a tiered pool cannot read what the batch needs or write what it computes.
   const HeadOutput& forward(Batch batch);
   Candidate draw(int64_t row, double uniform) const { return lm_head_.draw(kernels_, row, uniform); }
 
@@ -97,6 +101,7 @@ class Model {
   std::vector<AttentionShape> shapes_;
   std::vector<Layer> layers_;
   std::vector<BlockPool> pools_, open_pools_;  // per cache group
+  std::vector<TieredPool*> tiered_pools_;      // likewise; null: all blocks are in memory
   bool unpacks_ = false;  // blocks of some layer are compressed
   bool selects_ = false;  // or have summaries
   std::unique_ptr<Workspace> ws_;

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tael.config import SchedulerConfig
+from tael.models.spec import CacheGroup
 
 NUM_CANDIDATES = 64
 """Most likely tokens that a step gives for each row of logits: so many as to hold what most filters
@@ -69,6 +71,37 @@ class HeadOutput:
     the row's temperature, in order of id, and its logit. Never one of probability zero."""
 
 
+class TieredBlocks(Protocol):
+    """The complete blocks of one cache group, of which memory holds a part and the disk the rest."""
+
+    @property
+    def payload_bytes(self) -> int:
+        """Of what ``read_block`` copies."""
+
+    @property
+    def num_bytes(self) -> int:
+        """In memory."""
+
+    @property
+    def file_bytes(self) -> int:
+        """On disk."""
+
+    @property
+    def counters(self) -> Mapping[str, int]:
+        """Of KV heads: ``num_hits`` that were in memory when they were read, ``num_loads`` that were
+        not, ``num_stores`` and ``num_errors``."""
+
+    def read_block(self, block: int, out: NDArray[np.uint8]) -> None:
+        """Copy all that is kept of a complete block to ``out``, uint8 [payload_bytes]. Raises
+        LostBlocksError."""
+
+    def write_block(self, block: int, payload: NDArray[np.uint8]) -> None:
+        """The inverse of ``read_block``, into any block."""
+
+    def take_lost(self) -> Sequence[int]:
+        """The blocks that could not be written or read back since the last call."""
+
+
 class Backend(Protocol):
     """Computes a model. Holds its weights; the KV blocks are bound once at start."""
 
@@ -85,12 +118,21 @@ class Backend(Protocol):
         """Allocate what ``forward`` needs for steps within these bounds. Returns the bytes, logits
         included. Called once, at start."""
 
+    def tier(
+        self, group: CacheGroup, num_blocks: int, num_slots: int, folder: Path
+    ) -> TieredBlocks:
+        """Complete blocks of a group in a file in ``folder``, with ``num_slots`` of their KV heads in
+        memory. Raises TaelError if that cannot be."""
+
     def bind_kv(
-        self, pools: Sequence[NDArray[np.uint8]], open_pools: Sequence[NDArray[np.uint8]] = ()
+        self,
+        pools: Sequence[NDArray[np.uint8] | TieredBlocks],
+        open_pools: Sequence[NDArray[np.uint8]] = (),
     ) -> None:
-        """Hand over the block pools, one per cache group: uint8 [num_blocks, block_bytes], zeroed;
-        and those of blocks that are being filled, [num_open_blocks, open_block_bytes], if some
+        """Hand over the block pools, one per cache group: uint8 [num_blocks, block_bytes], zeroed, or
+        what ``tier`` made; and those of blocks that are being filled, [num_open_blocks, open_block_bytes], if some
         group has one. The layout inside a block is the backend's own."""
 
     def forward(self, batch: ForwardBatch) -> HeadOutput:
-        """Compute the batch and write its KV."""
+        """Compute the batch and write its KV. Raises LostBlocksError if KV was lost with the disk: the
+        tokens of this step are then wrong, and so are the blocks that ``take_lost`` names."""

@@ -90,6 +90,17 @@ class BlockPool:
         self._hashes[block] = block_hash
         return True
 
+    def unpublish(self, block: int) -> None:
+        """Let a block be found no more: what it held is lost."""
+        block_hash = self._hashes[block]
+        if block_hash is None:
+            return
+        del self._published[block_hash]
+        self._hashes[block] = None
+        if block in self._cached:
+            del self._cached[block]
+            self._free.append(block)
+
     def check(self) -> None:
         """Assert every invariant; linear in the number of blocks."""
         free, cached = set(self._free), set(self._cached)

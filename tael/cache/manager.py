@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -158,6 +158,11 @@ class CacheManager:
                 request.usage.num_cache_write_tokens += self.block_size
         holding.num_published = num_full
         request.num_offered_blocks = max(request.num_offered_blocks, num_full)
+
+    def forget(self, group: int, blocks: Sequence[int]) -> None:
+        """Let nobody find blocks whose KV is lost. Requests that hold them are the caller's."""
+        for block in blocks:
+            self.pools[group].unpublish(block)
 
     def trim(self, request: Request) -> None:
         """Release the blocks that have left the windows: the next query of the request, at

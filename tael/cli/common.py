@@ -82,6 +82,12 @@ def model_options(command: F) -> F:
             metavar="TOKENS",
             help="The same for each token of the prompt.  [default: all]",
         ),
+        "kv_disk": click.option(
+            "--kv-disk",
+            type=byte_size,
+            metavar="SIZE",
+            help="Let contexts be larger than the memory: their KV is in a file of up to this size.",
+        ),
         "kv_cache_dir": click.option(
             "--kv-cache-dir",
             type=click.Path(file_okay=False),

@@ -10,17 +10,24 @@ import weakref
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-from tael.backends.base import Backend, HeadOutput
+from tael.backends.base import Backend, HeadOutput, TieredBlocks
 from tael.cache.manager import CacheManager
 from tael.config import BLOCK_SIZE, EngineConfig
 from tael.engine.grammar import TokenMask
 from tael.engine.output import OutputProcessor, Piece
-from tael.engine.runner import run_step
+from tael.engine.runner import StepResult, run_step
 from tael.engine.sampler import Sampler
 from tael.engine.scheduler import Schedule, Scheduler
-from tael.errors import TaelError
+from tael.errors import LostBlocksError, TaelError
+from tael.loader.paths import cache_dir
 from tael.loader.tokenizer import Tokenizer
-from tael.memory.budget import available_memory_bytes, format_bytes, kv_budget, plan_pools
+from tael.memory.budget import (
+    available_memory_bytes,
+    format_bytes,
+    kv_budget,
+    plan_pools,
+    plan_tiered_pools,
+)
 from tael.memory.kv_store import KVStore
 from tael.memory.tiers.disk import DiskTier
 from tael.memory.tiers.disk import overhead_bytes as tier_overhead_bytes
@@ -99,7 +106,7 @@ class Engine:
             self.memory_bytes = baseline_bytes + spare_bytes
         else:
             self.memory_bytes = config.memory_bytes
-        groups = cache_groups(spec, BLOCK_SIZE)
+        groups = cache_groups(spec, BLOCK_SIZE, tiered=config.kv_disk_bytes is not None)
         longest = spec.max_position_embeddings
         if config.max_model_len is not None:
             longest = min(longest, config.max_model_len)
@@ -109,10 +116,18 @@ class Engine:
         kv_bytes = kv_budget(
             self.memory_bytes, backend.weights_bytes, workspace_bytes, baseline_bytes
         )
-        plan = plan_pools(groups, kv_bytes, BLOCK_SIZE, longest, config.scheduler)
+        tiered: TieredBlocks | None = None
+        if config.kv_disk_bytes is None:
+            plan = plan_pools(groups, kv_bytes, BLOCK_SIZE, longest, config.scheduler)
+        else:
+            plan = plan_tiered_pools(
+                groups, kv_bytes, config.kv_disk_bytes, BLOCK_SIZE, longest, config.scheduler
+            )
+            folder = config.kv_disk_dir or cache_dir()
+            tiered = backend.tier(groups[0], plan.num_blocks[0], plan.num_slots, folder)
         self.max_model_len = plan.max_model_len
         num_open_blocks = config.scheduler.max_num_open_blocks
-        self.kv_store = KVStore(groups, plan.num_blocks, num_open_blocks)
+        self.kv_store = KVStore(groups, plan.num_blocks, num_open_blocks, tiered)
         backend.bind_kv(self.kv_store.pools, self.kv_store.open_pools)
         fingerprint = kv_fingerprint(spec, backend, config)
         self.tier: DiskTier | None = None
@@ -186,7 +201,7 @@ class Engine:
         """Compute one step of the unfinished requests.
 
         An exception in the sampling or the text of one request ends that request with the reason
-        ERROR; any other is raised. If all requests wait for blocks from disk, so does the step, for
+        ERROR, and a disk that has lost KV all requests of the step; any other is raised. If all requests wait for blocks from disk, so does the step, for
         a moment.
         """
         schedule = self.scheduler.schedule()
@@ -194,7 +209,13 @@ class Engine:
             self.tier.wait(TIER_WAIT_S)
             return []
         start = time.monotonic()
-        result = run_step(schedule, self.manager, self.backend, self.config, self._sample)
+        try:
+            result = run_step(schedule, self.manager, self.backend, self.config, self._sample)
+        except LostBlocksError as error:
+            assert self.kv_store.tiered is not None
+            self.manager.forget(0, self.kv_store.tiered.take_lost())
+            keys = [entry.request.request_id for entry in schedule.scheduled]
+            result = StepResult(errors=dict.fromkeys(keys, error))
         _share(time.monotonic() - start, schedule)
         deltas = [self._fail(self._completions[key], e) for key, e in result.errors.items()]
         pieces: dict[str, Piece] = {}
@@ -243,9 +264,11 @@ class Engine:
     def describe(self) -> str:
         """One line: the longest context, what a token of it costs, and where the bytes go."""
         costs = ", ".join(_token_cost(group) for group in self.manager.groups)
+        tiered = self.kv_store.tiered
+        on_disk = f" and {format_bytes(tiered.file_bytes)} on disk" if tiered else ""
         return (
             f"context {self.max_model_len:,} tokens ({costs}), "
-            f"KV {format_bytes(self.kv_store.num_bytes)}, "
+            f"KV {format_bytes(self.kv_store.num_bytes)}{on_disk}, "
             f"weights {format_bytes(self.backend.weights_bytes)}, "
             f"budget {format_bytes(self.memory_bytes)}"
         )
@@ -336,6 +359,7 @@ def kv_fingerprint(spec: ModelSpec, backend: Backend, config: EngineConfig) -> d
         "spec": hashlib.sha256(repr(spec).encode()).hexdigest(),
         "block_size": str(BLOCK_SIZE),
         "budgets": f"{config.prefill_budget} {config.kv_budget}",
+        "layout": "blocks" if config.kv_disk_bytes is None else "slots",
         **backend.fingerprint,
     }
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tael.config import SchedulerConfig
 from tael.errors import TaelError
-from tael.models.spec import CacheGroup
+from tael.models.spec import TIERED_SLOT_BYTES, CacheGroup
 
 _UNITS: dict[str, int] = {
     "": 1,
@@ -114,7 +114,9 @@ class PoolPlan:
     max_model_len: int
     """The longest context that fits empty pools, at most what was asked for."""
     kv_bytes: int
-    """Bytes of all blocks, those that are being filled included."""
+    """In memory, of all blocks, those that are being filled included."""
+    num_slots: int = 0
+    """KV heads of the first group in memory, where its complete blocks are tiered."""
 
 
 def plan_pools(
@@ -161,3 +163,52 @@ def plan_pools(
     levels = range(1, max(most) + 1)
     level = bisect_right(levels, kv_bytes, key=lambda level: size(grown(level)))
     return PoolPlan(grown(level), max_model_len, size(grown(level)))
+
+
+def plan_tiered_pools(
+    groups: Sequence[CacheGroup],
+    kv_bytes: int,
+    disk_bytes: int,
+    block_size: int,
+    max_model_len: int,
+    scheduler: SchedulerConfig,
+) -> PoolPlan:
+    """As ``plan_pools``, with the complete blocks of full attention on disk.
+
+    There are as many of these as ``disk_bytes`` hold and ``max_num_seqs`` requests can use, but what
+    they take in memory without their KV is at most half of it. Windows get what they can use of the
+    other half, up to a half of that, and the rest holds KV of blocks on disk. Raises TaelError for a
+    model without full attention, and if a step does not fit.
+    """
+    full, *windows = groups
+    if full.window is not None:
+        raise TaelError("this model keeps no KV beyond its windows; leave out --kv-disk.")
+    chunk = scheduler.max_num_batched_tokens
+    open_bytes = scheduler.max_num_open_blocks * full.open_block_bytes
+    num_blocks = min(
+        disk_bytes // full.disk_block_bytes,
+        (kv_bytes - open_bytes) // 2 // full.memory_block_bytes,
+        scheduler.max_num_seqs * full.num_blocks(max_model_len, chunk, block_size),
+    )
+    shortest = chunk + block_size
+    if num_blocks * block_size < shortest:
+        least = format_bytes(shortest // block_size * full.disk_block_bytes)
+        raise TaelError(
+            f"a context of {shortest} tokens takes {least} on disk and as much memory as this budget "
+            "does not leave; raise --kv-disk or --memory."
+        )
+    max_model_len = min(max_model_len, num_blocks * block_size)
+    rest = kv_bytes - open_bytes - num_blocks * full.memory_block_bytes
+    window_blocks: tuple[int, ...] = ()
+    if windows:
+        plan = plan_pools(windows, rest // 2, block_size, max_model_len, scheduler)
+        window_blocks, max_model_len = plan.num_blocks, plan.max_model_len
+        rest -= plan.kv_bytes
+    slot_bytes = full.slot_bytes + TIERED_SLOT_BYTES
+    num_slots = max(0, min(rest // slot_bytes, num_blocks * full.num_heads))
+    return PoolPlan(
+        (num_blocks, *window_blocks),
+        max_model_len,
+        kv_bytes - rest + num_slots * slot_bytes,
+        num_slots,
+    )

@@ -8,21 +8,29 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from tael.backends.base import TieredBlocks
 from tael.models.spec import CacheGroup
 
 
 class KVStore:
-    """Two arrays of blocks per cache group, for the life of the engine.
+    """Two arrays of blocks per cache group, for the life of the engine. Complete blocks of the first
+    group may be ``tiered`` instead of an array.
 
     The memory is anonymous and private: zero, aligned to a page, and taken from the machine
     only as blocks are first written.
     """
 
     def __init__(
-        self, groups: Sequence[CacheGroup], num_blocks: Sequence[int], num_open_blocks: int = 0
+        self,
+        groups: Sequence[CacheGroup],
+        num_blocks: Sequence[int],
+        num_open_blocks: int = 0,
+        tiered: TieredBlocks | None = None,
     ) -> None:
-        self.pools: list[NDArray[np.uint8]] = [
-            _zeros(n, group.block_bytes) for group, n in zip(groups, num_blocks, strict=True)
+        self.tiered = tiered
+        self.pools: list[NDArray[np.uint8] | TieredBlocks] = [
+            tiered if tiered and i == 0 else _zeros(num_blocks[i], group.block_bytes)
+            for i, group in enumerate(groups)
         ]
         """uint8 [num_blocks, block_bytes] each. What is inside a block is the backend's own."""
         self.open_pools: list[NDArray[np.uint8]] = [
@@ -34,19 +42,32 @@ class KVStore:
 
     def payload_bytes(self, group: int) -> int:
         """Of what ``read_block`` copies."""
-        return int(self.pools[group].shape[1])
+        pool = self.pools[group]
+        return int(pool.shape[1]) if isinstance(pool, np.ndarray) else pool.payload_bytes
 
     def read_block(self, group: int, block: int, out: NDArray[np.uint8]) -> None:
         """Copy all that is kept of a complete block to ``out``, uint8 [payload_bytes]."""
-        out[:] = self.pools[group][block]
+        pool = self.pools[group]
+        if isinstance(pool, np.ndarray):
+            out[:] = pool[block]
+        else:
+            pool.read_block(block, out)
 
     def write_block(self, group: int, block: int, payload: NDArray[np.uint8]) -> None:
         """The inverse of ``read_block``, into any block."""
-        self.pools[group][block] = payload
+        pool = self.pools[group]
+        if isinstance(pool, np.ndarray):
+            pool[block] = payload
+        else:
+            pool.write_block(block, payload)
 
     @property
     def num_bytes(self) -> int:
-        return sum(pool.nbytes for pool in (*self.pools, *self.open_pools))
+        """In memory."""
+        return sum(
+            pool.nbytes if isinstance(pool, np.ndarray) else pool.num_bytes
+            for pool in (*self.pools, *self.open_pools)
+        )
 
 
 def _zeros(num_blocks: int, block_bytes: int) -> NDArray[np.uint8]:

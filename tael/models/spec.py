@@ -9,7 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from tael.config import BLOCK_SIZE
+from tael.config import BLOCK_SIZE, SLOT_ALIGNMENT
+
+TIERED_HEAD_BYTES = 8
+"""For where a KV head of a tiered block is, and what its bytes must be."""
+TIERED_SLOT_BYTES = 16
+"""For what is in a slot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +40,9 @@ class CacheSpec:
     """Of the block that is being filled."""
     window: int | None
     """A query sees itself and the ``window - 1`` positions before it; None: all of them."""
+    num_kv_heads: int
+    summary_bytes_per_token: int
+    """Of ``bytes_per_token``, what is not KV but says what is in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +71,14 @@ class Attention:
         bf16 = 2 * d + 2 * d
         key_q8 = d + 2 * d // BLOCK_SIZE
         head_bytes = {"bf16": bf16, "q8": key_q8 + d + 2, "k8v4": key_q8 + d // 2 + 4}
-        complete = head_bytes[self.kv_format] + (4 * d // BLOCK_SIZE if self.key_summaries else 0)
-        return CacheSpec(self.num_kv_heads * complete, self.num_kv_heads * bf16, self.window)
+        summary = 4 * d // BLOCK_SIZE if self.key_summaries else 0
+        return CacheSpec(
+            bytes_per_token=self.num_kv_heads * (head_bytes[self.kv_format] + summary),
+            open_bytes_per_token=self.num_kv_heads * bf16,
+            window=self.window,
+            num_kv_heads=self.num_kv_heads,
+            summary_bytes_per_token=self.num_kv_heads * summary,
+        )
 
     def parameters(self, hidden_size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
@@ -191,6 +205,27 @@ class CacheGroup:
     open_block_bytes: int = 0
     """Of a block that is being filled, which moves into one of ``block_bytes`` when it is complete.
     0: blocks have their last form from the start."""
+    num_heads: int = 0
+    """KV heads of all layers, and..."""
+    head_bytes: int = 0
+    """...the most bytes that one takes of a complete block, and..."""
+    head_summary_bytes: int = 0
+    """...besides those the most that its summary takes."""
+
+    @property
+    def slot_bytes(self) -> int:
+        """Room of one KV head of a complete block, in memory and on disk, where blocks are tiered."""
+        return -(-self.head_bytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+
+    @property
+    def disk_block_bytes(self) -> int:
+        """Of a tiered block in the file, and..."""
+        return self.num_heads * self.slot_bytes
+
+    @property
+    def memory_block_bytes(self) -> int:
+        """...of every tiered block in memory, whether its KV is there or not."""
+        return self.num_heads * (self.head_summary_bytes + TIERED_HEAD_BYTES)
 
     def first_block(self, position: int, block_size: int) -> int:
         """The first entry of a block table that a query at ``position`` looks at."""
@@ -208,13 +243,16 @@ class CacheGroup:
         return min(end, (num_new_tokens + self.window + block_size - 3) // block_size + 1)
 
 
-def cache_groups(spec: ModelSpec, block_size: int) -> tuple[CacheGroup, ...]:
-    """The layer groups of a model, full attention first, then windows from wide to narrow."""
+def cache_groups(
+    spec: ModelSpec, block_size: int, *, tiered: bool = False
+) -> tuple[CacheGroup, ...]:
+    """The layer groups of a model, full attention first, then windows from wide to narrow. Blocks of
+    full attention that are ``tiered`` move when they are complete, whatever their format."""
     by_window: dict[int | None, list[int]] = {}
     for i, layer in enumerate(spec.layers):
         by_window.setdefault(layer.mixer.cache_spec.window, []).append(i)
     windows = sorted(by_window, key=lambda w: -1 if w is None else 1 / w)
-    return tuple(_cache_group(spec, tuple(by_window[w]), w, block_size) for w in windows)
+    return tuple(_cache_group(spec, tuple(by_window[w]), w, block_size, tiered) for w in windows)
 
 
 def with_kv_format(spec: ModelSpec, kv_format: str, key_summaries: bool = False) -> ModelSpec:
@@ -229,15 +267,21 @@ def with_kv_format(spec: ModelSpec, kv_format: str, key_summaries: bool = False)
 
 
 def _cache_group(
-    spec: ModelSpec, layers: tuple[int, ...], window: int | None, block_size: int
+    spec: ModelSpec, layers: tuple[int, ...], window: int | None, block_size: int, tiered: bool
 ) -> CacheGroup:
     caches = [spec.layers[i].mixer.cache_spec for i in layers]
     compressed = any(spec.layers[i].mixer.kv_format != "bf16" for i in layers)
+    moves = compressed or (tiered and window is None)
+    summary_bytes = [block_size * c.summary_bytes_per_token // c.num_kv_heads for c in caches]
+    all_bytes = [block_size * c.bytes_per_token // c.num_kv_heads for c in caches]
     return CacheGroup(
         layers=layers,
         window=window,
         block_bytes=block_size * sum(cache.bytes_per_token for cache in caches),
         open_block_bytes=block_size * sum(cache.open_bytes_per_token for cache in caches)
-        if compressed
+        if moves
         else 0,
+        num_heads=sum(cache.num_kv_heads for cache in caches),
+        head_bytes=max(a - b for a, b in zip(all_bytes, summary_bytes, strict=True)),
+        head_summary_bytes=max(summary_bytes),
     )

@@ -18,7 +18,7 @@ from tael.backends.cpu.backend import CPUBackend
 from tael.config import BLOCK_SIZE, EngineConfig, SchedulerConfig
 from tael.engine.engine import Engine, overhead_bytes
 from tael.loader.prepared import PreparedModel, load_prepared
-from tael.models.spec import cache_groups, with_kv_format
+from tael.models.spec import TIERED_SLOT_BYTES, cache_groups, with_kv_format
 from tael.request import SamplingParams, TokenLogprobs, Usage
 
 NUM_PROMPTS = 200
@@ -132,6 +132,39 @@ def test_compressed_and_sparse(
     assert_equal(again, expected)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"kv_format": "q8"}, SPARSE],
+    ids=["bf16", "q8", "k8v4, sparse"],
+)
+def test_tiered(
+    settings: dict[str, Any], model: PreparedModel, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    """Nor on where the KV is: most of it on disk, and what is read in memory for that moment."""
+    some = [*prompts[:-2:9], *prompts[-2:]]
+    expected = run(
+        make_engine(model, max_num_seqs=8, max_num_batched_tokens=96, settings=settings), some
+    )
+    for num_threads in (1, 2):
+        engine = make_engine(
+            model,
+            max_num_seqs=8,
+            max_num_batched_tokens=50,
+            num_threads=num_threads,
+            kv_blocks=200,
+            settings={**settings, "kv_disk_dir": tmp_path},
+            num_slots=300,
+        )
+        assert_equal(run(engine, some), expected)
+        again = run(engine, some)
+        assert sum(result.usage.num_cached_tokens for result in again) > 0
+        assert_equal(again, expected)
+        assert engine.kv_store.tiered is not None
+        counters = engine.kv_store.tiered.counters
+        assert counters["num_stores"] > 0 and counters["num_loads"] > 300
+        assert counters["num_errors"] == 0
+
+
 @pytest.mark.usefixtures("isa")
 def test_instruction_sets(model: PreparedModel, prompts: list[list[int]]) -> None:
     """The same holds for the kernels of every instruction set."""
@@ -148,8 +181,10 @@ def make_engine(
     num_threads: int = 2,
     kv_blocks: int = 2000,
     settings: dict[str, Any] | None = None,
+    num_slots: int | None = None,
 ) -> Engine:
-    """With a KV pool of ``kv_blocks`` and ``settings`` of ``EngineConfig``."""
+    """With a KV pool of ``kv_blocks`` and ``settings`` of ``EngineConfig``; on disk, if there are
+    ``num_slots``, at least so many."""
     config = EngineConfig(
         max_model_len=MAX_MODEL_LEN,
         scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens),
@@ -157,12 +192,18 @@ def make_engine(
     )
     spec = with_kv_format(model.spec, config.kv_format, config.reads_sparsely)
     backend = CPUBackend(spec, model.weights, num_threads)
-    (group,) = cache_groups(spec, BLOCK_SIZE)
+    (group,) = cache_groups(spec, BLOCK_SIZE, tiered=num_slots is not None)
+    kv_bytes = kv_blocks * group.block_bytes
+    if num_slots is not None:
+        config = replace(config, kv_disk_bytes=kv_blocks * group.disk_block_bytes)
+        fixed_bytes = kv_blocks * group.memory_block_bytes
+        slots_bytes = num_slots * (group.slot_bytes + TIERED_SLOT_BYTES)
+        kv_bytes = fixed_bytes + max(fixed_bytes, slots_bytes)
     memory_bytes = (
         backend.weights_bytes
         + backend.reserve(config.scheduler, MAX_MODEL_LEN)
         + overhead_bytes(spec)
-        + kv_blocks * group.block_bytes
+        + kv_bytes
         + config.scheduler.max_num_open_blocks * group.open_block_bytes
     )
     config = replace(config, memory_bytes=memory_bytes)

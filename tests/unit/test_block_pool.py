@@ -79,6 +79,19 @@ def test_the_first_block_published_under_a_hash_stays() -> None:
     assert counts(pool) == (1, 0, 1), "the duplicate is free at once"
 
 
+def test_what_is_lost_is_found_no_more() -> None:
+    pool = BlockPool(3)
+    [idle] = cached(pool, b"idle")
+    held = pool.take()
+    pool.publish(held, b"held")
+    for block in (idle, held, pool.take()):
+        pool.unpublish(block)
+    assert pool.lookup(b"idle") is None and pool.lookup(b"held") is None
+    assert counts(pool) == (1, 0, 2), "what nobody holds is free"
+    pool.deref(held)
+    assert counts(pool) == (2, 0, 1)
+
+
 def test_check_notices_a_lost_block() -> None:
     pool = BlockPool(2)
     pool.take()

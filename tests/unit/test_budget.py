@@ -19,6 +19,7 @@ from tael.memory.budget import (
     kv_budget,
     parse_bytes,
     plan_pools,
+    plan_tiered_pools,
 )
 from tael.memory.kv_store import KVStore
 from tael.models.spec import CacheGroup
@@ -200,6 +201,42 @@ def test_a_budget_too_small_is_refused_with_the_numbers() -> None:
     assert plan_pools((FULL, WINDOW), 18_000, 32, 1024, SCHEDULER).max_model_len == 96
     with pytest.raises(TaelError, match=r"of 96 tokens needs 17\.6 KiB; .* at least 1 B"):
         plan_pools((FULL, WINDOW), 17_999, 32, 1024, SCHEDULER)
+
+
+TIERED = CacheGroup(
+    layers=(0,),
+    window=None,
+    block_bytes=1000,
+    open_block_bytes=2000,
+    num_heads=2,
+    head_bytes=400,
+    head_summary_bytes=100,
+)
+"""In memory 216 bytes a block and 528 a slot, on disk 1,024 a block; 18 open blocks."""
+
+
+def test_a_tiered_plan_by_hand() -> None:
+    def plan(kv_bytes: int, disk_bytes: int, *windows: CacheGroup) -> PoolPlan:
+        groups = (TIERED, *windows)
+        return plan_tiered_pools(groups, kv_bytes, disk_bytes, 32, 1024, SCHEDULER)
+
+    # The disk decides, then the memory, then what eight requests can use.
+    assert plan(136_000, 40 * 1024 + 1) == PoolPlan((40,), 1024, 36_000 + 40 * 216 + 80 * 528, 80)
+    assert plan(46_000, 40 * 1024) == PoolPlan((23,), 23 * 32, 36_000 + 23 * 216 + 9 * 528, 9)
+    assert plan(10**9, 10**9).num_blocks == (256,)
+    # A window gets what a request of the length needs, and half of the rest at most.
+    assert plan(136_000, 40 * 1024, WINDOW) == PoolPlan(
+        (40, 9), 1024, 36_000 + 40 * 216 + 45_000 + 80 * 528, 80
+    )
+
+
+def test_a_tiered_plan_that_cannot_be() -> None:
+    with pytest.raises(TaelError, match="no KV beyond its windows"):
+        plan_tiered_pools((WINDOW,), 10**9, 10**9, 32, 1024, SCHEDULER)
+    with pytest.raises(TaelError, match="raise --kv-disk or --memory"):
+        plan_tiered_pools((TIERED,), 10**9, 2 * 1024, 32, 1024, SCHEDULER)
+    with pytest.raises(TaelError, match="raise --kv-disk or --memory"):
+        plan_tiered_pools((TIERED,), 30_000, 10**9, 32, 1024, SCHEDULER)
 
 
 def test_the_store_is_zero_aligned_and_writable() -> None:

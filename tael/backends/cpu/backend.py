@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tael import _native
-from tael.backends.base import NUM_CANDIDATES, ForwardBatch, HeadOutput
+from tael.backends.base import NUM_CANDIDATES, ForwardBatch, HeadOutput, TieredBlocks
+from tael.backends.cpu.tiered_blocks import CPUTieredBlocks
 from tael.config import BLOCK_SIZE, MIN_BUDGET_BLOCKS, SchedulerConfig
-from tael.errors import TaelError
+from tael.errors import LostBlocksError, TaelError
 from tael.loader.tile_file import TileFile
-from tael.models.spec import Attention, LayerSpec, ModelSpec, Rope, cache_groups
+from tael.models.spec import Attention, CacheGroup, LayerSpec, ModelSpec, Rope, cache_groups
 
 if _native.BLOCK_TOKENS != BLOCK_SIZE or _native.MIN_BUDGET_BLOCKS != MIN_BUDGET_BLOCKS:
     raise ImportError("tael._native was built for other block sizes; build it again.")
@@ -29,9 +30,10 @@ class CPUBackend:
         self._process = os.getpid()
         self._ropes: dict[Rope, int] = {}
         self._isa = chosen_isa()
+        self._num_threads = num_threads or available_cores()
         self._native = _native.Model(
             self._isa,
-            num_threads or available_cores(),
+            self._num_threads,
             hidden_size=spec.hidden_size,
             vocab_size=spec.vocab_size,
             norm_eps=spec.norm_eps,
@@ -42,16 +44,18 @@ class CPUBackend:
         self._native.set_ends(embedding, lm_head, self._vector("norm.weight"))
         places: dict[int, dict[str, int]] = {}
         for g, group in enumerate(cache_groups(spec, BLOCK_SIZE)):
-            offset = open_offset = 0
+            offset = open_offset = first_head = 0
             for i in group.layers:
                 places[i] = {
                     "cache_group": g,
                     "layer_offset": offset,
                     "open_layer_offset": open_offset,
+                    "first_head": first_head,
                 }
                 cache = spec.layers[i].mixer.cache_spec
                 offset += BLOCK_SIZE * cache.bytes_per_token
                 open_offset += BLOCK_SIZE * cache.open_bytes_per_token
+                first_head += cache.num_kv_heads
         for i, layer in enumerate(spec.layers):
             self._add_layer(f"layers.{i}.", layer, places[i])
 
@@ -78,28 +82,42 @@ class CPUBackend:
         )
         return self._native.workspace_bytes
 
+    def tier(
+        self, group: CacheGroup, num_blocks: int, num_slots: int, folder: Path
+    ) -> CPUTieredBlocks:
+        return CPUTieredBlocks(group, num_blocks, num_slots, folder, self._num_threads)
+
     def bind_kv(
-        self, pools: Sequence[NDArray[np.uint8]], open_pools: Sequence[NDArray[np.uint8]] = ()
+        self,
+        pools: Sequence[NDArray[np.uint8] | TieredBlocks],
+        open_pools: Sequence[NDArray[np.uint8]] = (),
     ) -> None:
         for group, pool in enumerate(pools):
-            self._native.bind_kv(group, pool, open_pools[group] if open_pools else None)
+            if isinstance(pool, CPUTieredBlocks):
+                self._native.bind_tiered_kv(group, pool.native, pool.summaries, open_pools[group])
+            else:
+                assert isinstance(pool, np.ndarray)
+                self._native.bind_kv(group, pool, open_pools[group] if open_pools else None)
 
     def forward(self, batch: ForwardBatch) -> HeadOutput:
         if os.getpid() != self._process:  # it would wait for them forever
             raise TaelError(
                 "the threads of a model do not follow a fork; load the model in the new process."
             )
-        output = self._native.forward(
-            batch.token_ids,
-            batch.positions,
-            batch.query_start,
-            list(batch.block_tables),
-            list(batch.open_tables),
-            batch.logits_indices,
-            batch.temperatures,
-            batch.full_logits,
-            batch.kv_budgets,
-        )
+        try:
+            output = self._native.forward(
+                batch.token_ids,
+                batch.positions,
+                batch.query_start,
+                list(batch.block_tables),
+                list(batch.open_tables),
+                batch.logits_indices,
+                batch.temperatures,
+                batch.full_logits,
+                batch.kv_budgets,
+            )
+        except _native.LostBlocks as error:
+            raise LostBlocksError(str(error)) from None
         return HeadOutput(*output, draw=self._native.draw)
 
     def _add_layer(self, prefix: str, layer: LayerSpec, place: dict[str, int]) -> None:

@@ -54,10 +54,17 @@ class ReferenceBackend:
     def reserve(self, scheduler: SchedulerConfig, max_model_len: int) -> int:
         return scheduler.max_num_logits * self.spec.vocab_size * 4  # the logits
 
+    def tier(
+        self, group: CacheGroup, num_blocks: int, num_slots: int, folder: Path
+    ) -> TieredBlocks:
+        raise TaelError("KV on disk takes the cpu backend; leave out --kv-disk.")
+
     def bind_kv(
-        self, pools: Sequence[NDArray[np.uint8]], open_pools: Sequence[NDArray[np.uint8]] = ()
+        self,
+        pools: Sequence[NDArray[np.uint8] | TieredBlocks],
+        open_pools: Sequence[NDArray[np.uint8]] = (),
     ) -> None:
-        self.kv_cache = KVCache(self.spec, [len(pool) for pool in pools])
+        self.kv_cache = KVCache(self.spec, [len(np.asarray(pool)) for pool in pools])
 
     def forward(self, batch: ForwardBatch) -> HeadOutput:
         return head_output(self.logits(batch), batch.temperatures)

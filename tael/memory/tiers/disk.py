@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tael.cache.tier import Load, Lookup, Transfer
-from tael.errors import TaelError
+from tael.errors import LostBlocksError, TaelError
 from tael.memory.kv_store import KVStore
 from tael.memory.tiers import block_file
 from tael.memory.tiers.block_file import BadBlockError, CorruptError, file_bytes, file_name
@@ -307,7 +307,11 @@ class DiskTier:
             if not store.transfers or store.transfers[0] is not transfer:
                 return  # cancelled: the block is somebody else's
             payload = block_file.payload(self._buffer, payload_bytes)
-            self._kv_store.read_block(transfer.group, transfer.block, payload)
+            try:
+                self._kv_store.read_block(transfer.group, transfer.block, payload)
+            except LostBlocksError:
+                self._drop(store)
+                return
             self._copied.append(store.transfers.popleft())
         self._write(transfer, payload_bytes, store.chain)
         with self._changed:

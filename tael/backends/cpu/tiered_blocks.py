@@ -1,0 +1,123 @@
+"""Complete blocks of a cache group in a file, as many of them as there is room for in memory."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import tempfile
+import weakref
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tael import _native
+from tael.config import SLOT_ALIGNMENT
+from tael.errors import LostBlocksError, TaelError
+from tael.models.spec import CacheGroup
+
+if _native.SLOT_ALIGNMENT != SLOT_ALIGNMENT:
+    raise ImportError("tael._native was built for other slots; build it again.")
+
+Bytes = NDArray[np.uint8]
+
+
+class CPUTieredBlocks:
+    """``TieredBlocks``: a file without a name, which ends with the process, and what of it is in memory: ``num_slots``
+    KV heads of single layers and blocks, and the summaries of all (csrc/tiers/tiered_pool.hpp).
+
+    Raises TaelError if ``folder`` has no room for ``num_blocks``, or the slots are too few for that
+    many threads.
+    """
+
+    def __init__(
+        self, group: CacheGroup, num_blocks: int, num_slots: int, folder: Path, num_threads: int
+    ) -> None:
+        least = min(_native.min_slots(num_threads), num_blocks * group.num_heads)
+        if num_slots < least:
+            raise TaelError(
+                f"the memory budget leaves room for {num_slots} pieces of KV blocks and "
+                f"{num_threads} threads need {least}; raise --memory by at least "
+                f"{(least - num_slots) * group.slot_bytes} bytes."
+            )
+        self.payload_bytes = group.num_heads * (group.slot_bytes + group.head_summary_bytes)
+        self.file_bytes = num_blocks * group.num_heads * group.slot_bytes
+        self._fd = _nameless_file(folder, self.file_bytes)
+        # Also when what follows fails.
+        weakref.finalize(self, os.close, self._fd)
+        self._slots = _zeros(num_slots, group.slot_bytes)
+        self.summaries = _zeros(num_blocks, group.num_heads * group.head_summary_bytes)
+        self.native = _native.TieredPool(self._fd, num_blocks, group.num_heads, self._slots)
+
+    @property
+    def num_bytes(self) -> int:
+        return self._slots.nbytes + self.summaries.nbytes + self.native.num_bytes
+
+    @property
+    def counters(self) -> dict[str, int]:
+        return self.native.counters
+
+    def read_block(self, block: int, out: Bytes) -> None:
+        summary_bytes = self.summaries.shape[1]
+        try:
+            self.native.read_block(block, out[: len(out) - summary_bytes])
+        except _native.LostBlocks as error:
+            raise LostBlocksError(str(error)) from None
+        out[len(out) - summary_bytes :] = self.summaries[block]
+
+    def write_block(self, block: int, payload: Bytes) -> None:
+        summary_bytes = self.summaries.shape[1]
+        self.native.write_block(block, payload[: len(payload) - summary_bytes])
+        self.summaries[block] = payload[len(payload) - summary_bytes :]
+
+    def take_lost(self) -> list[int]:
+        return sorted(set(self.native.take_lost()))
+
+
+def _zeros(rows: int, row_bytes: int) -> Bytes:
+    """At the start of a page, and taken from the machine as it is written."""
+    if rows * row_bytes == 0:
+        return np.zeros((rows, row_bytes), np.uint8)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    memory = mmap.mmap(-1, rows * row_bytes, flags=flags)
+    return np.frombuffer(memory, np.uint8).reshape(rows, row_bytes)
+
+
+def _nameless_file(folder: Path, num_bytes: int) -> int:
+    """A file with room for ``num_bytes``, past the page cache where the file system can do that."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        fd, name = tempfile.mkstemp(prefix="kv-", suffix=".part", dir=folder)
+        os.unlink(name)
+    except OSError as error:
+        raise TaelError(f"no file for KV can be made in {folder}: {error.strerror}.") from error
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(fd, 0, num_bytes)
+        else:
+            os.ftruncate(fd, num_bytes)
+    except OSError as error:
+        os.close(fd)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise TaelError(
+            f"{folder} has no room for {num_bytes} bytes of KV; give a smaller --kv-disk."
+        ) from error
+    _open_directly(fd)
+    return fd
+
+
+def _open_directly(fd: int) -> None:
+    """Past the page cache, where the file system does that in pieces of SLOT_ALIGNMENT: what does not
+    fit the memory budget must not take memory elsewhere."""
+    if not hasattr(os, "O_DIRECT"):
+        return
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    room = mmap.mmap(-1, mmap.PAGESIZE)
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT)
+        os.preadv(fd, [memoryview(room)[SLOT_ALIGNMENT : 2 * SLOT_ALIGNMENT]], SLOT_ALIGNMENT)
+    except OSError:
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags)

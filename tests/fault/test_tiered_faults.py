@@ -1,0 +1,105 @@
+"""A file of live KV that goes wrong ends the requests that read it, and nothing else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from byte_llama import save_byte_llama
+from disk_engines import PARAMS, assert_same, run
+
+from tael.backends.cpu.backend import CPUBackend
+from tael.backends.cpu.tiered_blocks import CPUTieredBlocks
+from tael.config import BLOCK_SIZE, EngineConfig, SchedulerConfig
+from tael.engine.engine import Engine, OutputDelta, overhead_bytes
+from tael.llm import gathered
+from tael.loader.prepared import PreparedModel, load_prepared
+from tael.models.spec import TIERED_SLOT_BYTES, cache_groups
+from tael.request import FinishReason
+
+NUM_BLOCKS = 200
+NUM_SLOTS = 200
+"""As few as one thread can do with."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> PreparedModel:
+    path = tmp_path_factory.mktemp("model")
+    save_byte_llama(path, head_dim=16)
+    return load_prepared(path)
+
+
+@pytest.fixture
+def engine(model: PreparedModel, tmp_path: Path) -> Engine:
+    scheduler = SchedulerConfig(32, 64)
+    (group,) = cache_groups(model.spec, BLOCK_SIZE, tiered=True)
+    backend = CPUBackend(model.spec, model.weights, num_threads=1)
+    memory_bytes = (
+        backend.weights_bytes
+        + backend.reserve(scheduler, 256)
+        + overhead_bytes(model.spec)
+        + scheduler.max_num_open_blocks * group.open_block_bytes
+        + NUM_BLOCKS * group.memory_block_bytes
+        + NUM_SLOTS * (group.slot_bytes + TIERED_SLOT_BYTES)
+    )
+    config = EngineConfig(
+        memory_bytes=memory_bytes,
+        max_model_len=256,
+        kv_disk_bytes=NUM_BLOCKS * group.disk_block_bytes,
+        kv_disk_dir=tmp_path,
+        scheduler=scheduler,
+    )
+    return Engine(model.spec, backend, model.tokenizer, config, baseline_bytes=0)
+
+
+def file_of(engine: Engine) -> int:
+    """Open for changes past the engine."""
+    assert isinstance(engine.kv_store.tiered, CPUTieredBlocks)
+    return os.open(f"/proc/self/fd/{engine.kv_store.tiered._fd}", os.O_RDWR)
+
+
+def flip(fd: int) -> None:
+    """A bit of every 100 bytes."""
+    size = os.fstat(fd).st_size
+    data = np.frombuffer(bytearray(os.pread(fd, size, 0)), np.uint8)
+    data[::100] ^= 1
+    os.pwrite(fd, data.tobytes(), 0)
+
+
+def cut(fd: int) -> None:
+    os.ftruncate(fd, 1000)
+
+
+def clear(fd: int) -> None:
+    os.pwrite(fd, bytes(os.fstat(fd).st_size), 0)
+
+
+@pytest.mark.parametrize("damage", [flip, cut, clear])
+def test_lost_kv(damage: Callable[[int], None], engine: Engine) -> None:
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 40, 200).tolist() for _ in range(30)]
+    expected = run(engine, prompts)
+    fd = file_of(engine)
+    damage(fd)
+    os.fsync(fd)
+    num_errors = 0
+    for prompt, output in zip(prompts, expected, strict=True):
+        for _ in range(3):  # its blocks are lost one after the other
+            engine.add_request("x", prompt, PARAMS)
+            deltas: list[OutputDelta] = []
+            while engine.has_unfinished():
+                deltas += engine.step()
+            engine.manager.check()
+            answer = gathered(prompt, deltas)
+            if answer.outputs[0].finish_reason is not FinishReason.ERROR:
+                break
+            num_errors += 1
+            assert "could not be read back" in (answer.outputs[0].error or "")
+        assert_same([answer], [output])
+    os.close(fd)
+    assert num_errors > 0
+    assert engine.kv_store.tiered is not None
+    assert engine.kv_store.tiered.counters["num_errors"] > 0

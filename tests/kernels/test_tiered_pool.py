@@ -1,0 +1,150 @@
+"""Blocks that are partly in memory and wholly in a file come back as they went, or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tael import _native
+from tael.backends.cpu.tiered_blocks import CPUTieredBlocks
+from tael.errors import LostBlocksError, TaelError
+from tael.models.spec import CacheGroup
+
+NUM_BLOCKS = 40
+GROUP = CacheGroup(
+    layers=(0, 1, 2),
+    window=None,
+    block_bytes=0,
+    open_block_bytes=1,
+    num_heads=100,  # more than are moved at once
+    head_bytes=700,
+    head_summary_bytes=64,
+)
+
+
+@pytest.fixture
+def blocks(tmp_path: Path) -> CPUTieredBlocks:
+    """Room in memory for five blocks of forty."""
+    return CPUTieredBlocks(GROUP, NUM_BLOCKS, 500, tmp_path, num_threads=1)
+
+
+def payload(blocks: CPUTieredBlocks, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, blocks.payload_bytes, np.uint8)
+
+
+def read(blocks: CPUTieredBlocks, block: int) -> np.ndarray:
+    out = np.zeros(blocks.payload_bytes, np.uint8)
+    blocks.read_block(block, out)
+    return out
+
+
+def fill(blocks: CPUTieredBlocks) -> None:
+    for block in range(NUM_BLOCKS):
+        blocks.write_block(block, payload(blocks, block))
+
+
+def test_any_order_of_reads_and_writes(blocks: CPUTieredBlocks) -> None:
+    rng = np.random.default_rng(0)
+    seeds: dict[int, int] = {}
+    for i in range(1500):
+        block = int(rng.integers(NUM_BLOCKS))
+        if block not in seeds or rng.random() < 0.3:
+            blocks.write_block(block, payload(blocks, i))
+            seeds[block] = i
+        else:
+            assert np.array_equal(read(blocks, block), payload(blocks, seeds[block]))
+    counters = blocks.counters
+    assert counters["num_loads"] > 50_000 and counters["num_hits"] > 5_000
+    assert counters["num_errors"] == 0 and not blocks.take_lost()
+
+
+def test_what_is_read_often_stays(blocks: CPUTieredBlocks) -> None:
+    fill(blocks)
+    before = blocks.counters["num_loads"]
+    for block in range(1, NUM_BLOCKS):
+        read(blocks, 0)
+        read(blocks, block)
+    assert blocks.counters["num_loads"] - before <= (NUM_BLOCKS + 3) * GROUP.num_heads
+
+
+def flip(fd: int) -> None:
+    """One bit of the second head of block 7."""
+    place = 7 * GROUP.disk_block_bytes + GROUP.slot_bytes + 99
+    byte = os.pread(fd, 1, place)[0]
+    os.pwrite(fd, bytes([byte ^ 16]), place)
+
+
+def swap(fd: int) -> None:
+    """Block 8 in the place of block 7."""
+    size = GROUP.disk_block_bytes
+    os.pwrite(fd, os.pread(fd, size, 8 * size), 7 * size)
+
+
+def cut(fd: int) -> None:
+    os.ftruncate(fd, 7 * GROUP.disk_block_bytes + 100)
+
+
+def clear(fd: int) -> None:
+    size = GROUP.disk_block_bytes
+    os.pwrite(fd, bytes(size), 7 * size)
+
+
+@pytest.mark.parametrize("damage", [flip, swap, cut, clear])
+def test_a_damaged_file_is_noticed(
+    damage: Callable[[int], None], blocks: CPUTieredBlocks
+) -> None:
+    fill(blocks)
+    read(blocks, 1)
+    read(blocks, 2)
+    fd = os.open(f"/proc/self/fd/{blocks._fd}", os.O_RDWR)  # without O_DIRECT
+    damage(fd)
+    os.fsync(fd)
+    os.close(fd)
+    with pytest.raises(LostBlocksError, match="could not be read back"):
+        read(blocks, 7)
+    assert 7 in blocks.take_lost() and not blocks.take_lost()
+    assert blocks.counters["num_errors"] > 0
+    assert np.array_equal(read(blocks, 6), payload(blocks, 6)), "the others are whole"
+    if damage is not cut:
+        blocks.write_block(7, payload(blocks, 70))
+        fill_memory = [read(blocks, block) for block in range(7)]
+        assert len(fill_memory) == 7
+        assert np.array_equal(read(blocks, 7), payload(blocks, 70)), "the place can be used again"
+
+
+@pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_WRONLY], ids=["writes", "reads"])
+def test_a_disk_that_fails(flags: int, tmp_path: Path) -> None:
+    """A file that may only be read, or only be written to."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(NUM_BLOCKS * GROUP.disk_block_bytes))
+    fd = os.open(path, flags)
+    slots = np.zeros((500 + 1, 1024), np.uint8).reshape(-1)
+    start = -slots.ctypes.data % 1024
+    pool = _native.TieredPool(
+        fd, NUM_BLOCKS, GROUP.num_heads, slots[start : start + 500 * 1024].reshape(500, 1024)
+    )
+    data = np.ones(GROUP.disk_block_bytes, np.uint8)
+    out = np.zeros(GROUP.disk_block_bytes, np.uint8)
+    with pytest.raises(_native.LostBlocks):
+        for block in range(NUM_BLOCKS):
+            pool.write_block(block, data)
+        for block in range(NUM_BLOCKS):
+            pool.read_block(block, out)
+    assert pool.take_lost()
+    del pool
+    os.close(fd)
+
+
+def test_no_room(tmp_path: Path) -> None:
+    with pytest.raises(TaelError, match="4 threads need"):
+        CPUTieredBlocks(GROUP, NUM_BLOCKS, 200, tmp_path, num_threads=4)
+    with pytest.raises(TaelError, match="has no room"):
+        CPUTieredBlocks(GROUP, 1 << 40, 500, tmp_path, num_threads=1)
+    with pytest.raises(TaelError, match="no file for KV"):
+        (tmp_path / "file").write_text("")
+        CPUTieredBlocks(GROUP, NUM_BLOCKS, 500, tmp_path / "file" / "folder", num_threads=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"], "nothing is left"
