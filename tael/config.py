@@ -28,6 +28,8 @@ KV_FORMATS = ("bf16", "q8", "k8v4")
 """How complete KV blocks hold keys and values: as computed; in 8 bits; keys in 8 bits and values in
 4. Keys have a scale per channel of the block, values one per token (csrc/kernels/types.hpp)."""
 
+MODES = ("exact", "balanced", "frugal")
+
 MAX_DRAFT_TOKENS = 15
 """Drafted tokens that one request can have verified in a step: 16 with the one before them."""
 
@@ -89,10 +91,12 @@ class EngineConfig:
     verifies several at once; it changes no token. ``kv_format`` is how complete KV blocks are held
     (one of KV_FORMATS). ``kv_budget`` and ``prefill_budget`` bound the tokens of context whose KV
     each query of the answer and of the prompt reads per KV head under full attention (None: all).
-    ``kv_disk_bytes`` lets the KV of full attention be larger than the memory: all complete blocks are
-    then in a file of at most that size, in ``kv_disk_dir`` (None: Tael's cache folder).
-    ``cache_dir`` is a folder in which finished requests leave their KV blocks for later ones and
-    later processes, at most ``cache_bytes`` of them (None: they are kept in memory only).
+    ``mode`` chooses the KV format and the budgets by what they were measured to lose
+    (``tael.loader.modes``; "exact": nothing is chosen). ``kv_disk_bytes`` lets the KV of full
+    attention be larger than the memory: all complete blocks are then in a file of at most that
+    size, in ``kv_disk_dir`` (None: Tael's cache folder). ``cache_dir`` is a folder in which
+    finished requests leave their KV blocks for later ones and later processes, at most
+    ``cache_bytes`` of them (None: they are kept in memory only).
     """
 
     backend: str = "cpu"
@@ -104,6 +108,7 @@ class EngineConfig:
     kv_format: str = "bf16"
     kv_budget: int | None = None
     prefill_budget: int | None = None
+    mode: str = "exact"
     kv_disk_bytes: int | None = None
     kv_disk_dir: Path | None = None
     cache_dir: Path | None = None
@@ -120,6 +125,12 @@ class EngineConfig:
         if self.kv_format not in KV_FORMATS:
             raise TaelError(
                 f"there is no KV format {self.kv_format!r}; choose {' or '.join(KV_FORMATS)}."
+            )
+        if self.mode not in MODES:
+            raise TaelError(f"there is no mode {self.mode!r}; choose {' or '.join(MODES)}.")
+        if self.mode != "exact" and (self.reads_sparsely or self.kv_format != "bf16"):
+            raise TaelError(
+                f"mode {self.mode} chooses the KV format and the budgets; leave out either."
             )
         for budget in (self.kv_budget, self.prefill_budget):
             if budget is not None and budget < MIN_BUDGET_BLOCKS * BLOCK_SIZE:

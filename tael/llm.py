@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, count
 from pathlib import Path
 from threading import Lock
@@ -17,6 +17,7 @@ from tael.config import EngineConfig, RopeScaling, SchedulerConfig
 from tael.engine.engine import Engine, OutputDelta
 from tael.errors import TaelError
 from tael.loader.download import Progress
+from tael.loader.modes import mode_settings
 from tael.loader.prepared import load_prepared, load_tokenizer, open_checkpoint
 from tael.loader.sources import resolve
 from tael.loader.tokenizer import Tokenizer
@@ -75,11 +76,12 @@ class LLM:
     what follows; it is pulled if it is not here, and ``progress`` shows that. ``memory`` bounds
     the process, in bytes or as "2GiB" (None: what the machine can spare). ``max_model_len`` is the
     longest context in tokens; one beyond the trained length takes a ``rope_scaling`` ("yarn",
-    "yarn:4", "dynamic"). ``kv_disk`` is how large a file may become that holds the KV of contexts
-    beyond the memory. ``kv_cache_dir`` is a folder, of this LLM alone while it lives, in which
-    prefixes outlive the process, up to ``kv_cache_size``. Raises TaelError for a model that cannot
-    be had or read, a context that it does not reach, a budget that does not hold it and a folder
-    that cannot be used.
+    "yarn:4", "dynamic"). ``mode`` chooses the KV format and the budgets by what they were measured
+    to lose on this model: "balanced" or "frugal". ``kv_disk`` is how large a file may become that
+    holds the KV of contexts beyond the memory. ``kv_cache_dir`` is a folder, of this LLM alone
+    while it lives, in which prefixes outlive the process, up to ``kv_cache_size``. Raises TaelError
+    for a model that cannot be had or read, a context that it does not reach, a budget that does not
+    hold it and a folder that cannot be used.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class LLM:
         kv_format: str = "bf16",
         kv_budget: int | None = None,
         prefill_budget: int | None = None,
+        mode: str = "exact",
         kv_disk: int | str | None = None,
         kv_cache_dir: str | Path | None = None,
         kv_cache_size: int | str = "10GiB",
@@ -112,6 +115,7 @@ class LLM:
             kv_format=kv_format,
             kv_budget=kv_budget,
             prefill_budget=prefill_budget,
+            mode=mode,
             kv_disk_bytes=None if kv_disk is None else _bytes(kv_disk),
             cache_dir=None if kv_cache_dir is None else Path(kv_cache_dir),
             cache_bytes=_bytes(kv_cache_size),
@@ -275,9 +279,8 @@ def gathered(prompt_token_ids: Sequence[int], deltas: Iterable[OutputDelta]) -> 
 def open_engine(model: str, config: EngineConfig, progress: Progress | None = None) -> Engine:
     """An engine for a model, named as for ``LLM``, with all settings of ``config``. Raises
     TaelError as ``LLM`` does."""
-    spec, tokenizer, backend, baseline_bytes = _load(
-        resolve(model, progress=progress), config, progress
-    )
+    path = resolve(model, progress=progress)
+    spec, tokenizer, backend, baseline_bytes, config = _load(path, config, progress)
     return Engine(spec, backend, tokenizer, config, baseline_bytes=baseline_bytes)
 
 
@@ -287,21 +290,27 @@ def _bytes(size: int | str) -> int:
 
 def _load(
     path: Path, config: EngineConfig, progress: Progress | None
-) -> tuple[ModelSpec, Tokenizer, Backend, int]:
-    """What an engine is made of, and the bytes that the process held without the weights."""
+) -> tuple[ModelSpec, Tokenizer, Backend, int, EngineConfig]:
+    """What an engine is made of, the bytes that the process held without the weights, and the
+    settings with those that the mode chooses."""
     if config.backend == "cpu":
         model = load_prepared(path, _repacking(path, progress) if progress else None)
+        if config.mode != "exact":
+            chosen = mode_settings(config.mode, model.weights.digest)
+            config = replace(config, mode="exact", **chosen)  # type: ignore[arg-type]
         spec = _configured(model.spec, config)
         release_freed_memory()
         baseline_bytes = rss_bytes()
         backend = CPUBackend(spec, model.weights, config.num_threads)
-        return spec, model.tokenizer, backend, baseline_bytes
+        return spec, model.tokenizer, backend, baseline_bytes, config
     if config.backend == "reference":
+        if config.mode != "exact":
+            raise TaelError("modes are measured with the cpu backend; leave out --mode.")
         checkpoint = open_checkpoint(path)
         spec = _configured(read_spec(checkpoint), config)
         tokenizer = load_tokenizer(path, checkpoint)
         baseline_bytes = rss_bytes()
-        return spec, tokenizer, ReferenceBackend(spec, checkpoint), baseline_bytes
+        return spec, tokenizer, ReferenceBackend(spec, checkpoint), baseline_bytes, config
     raise TaelError(f"there is no backend {config.backend!r}; choose cpu or reference.")
 
 

@@ -81,6 +81,7 @@ def running(
     stall_s: float = 30.0,
     max_num_seqs: int = 8,
     max_body_bytes: int = 1 << 20,
+    metrics_address: tuple[str, int] | None = None,
 ) -> Iterator[Running]:
     config = ServerConfig(
         model=MODEL,
@@ -89,6 +90,7 @@ def running(
         limits=limits or Limits(),
         stall_s=stall_s,
         max_body_bytes=max_body_bytes,
+        metrics_address=metrics_address,
     )
     started: list[Running] = []
     failed: list[BaseException] = []

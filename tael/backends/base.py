@@ -72,7 +72,7 @@ class HeadOutput:
 
 
 class TieredBlocks(Protocol):
-    """The complete blocks of one cache group, of which memory holds a part and the disk the rest."""
+    """The complete blocks of one cache group: all of them on disk, a part in memory."""
 
     @property
     def payload_bytes(self) -> int:
@@ -88,8 +88,8 @@ class TieredBlocks(Protocol):
 
     @property
     def counters(self) -> Mapping[str, int]:
-        """Of KV heads: ``num_hits`` that were in memory when they were read, ``num_loads`` that were
-        not, ``num_stores`` and ``num_errors``."""
+        """Of KV heads: ``num_hits`` that were in memory when they were read, ``num_loads`` that
+        were not, ``num_stores`` and ``num_errors``."""
 
     def read_block(self, block: int, out: NDArray[np.uint8]) -> None:
         """Copy all that is kept of a complete block to ``out``, uint8 [payload_bytes]. Raises
@@ -121,18 +121,18 @@ class Backend(Protocol):
     def tier(
         self, group: CacheGroup, num_blocks: int, num_slots: int, folder: Path
     ) -> TieredBlocks:
-        """Complete blocks of a group in a file in ``folder``, with ``num_slots`` of their KV heads in
-        memory. Raises TaelError if that cannot be."""
+        """Complete blocks of a group in a file in ``folder``, with ``num_slots`` of their KV heads
+        in memory. Raises TaelError if that cannot be."""
 
     def bind_kv(
         self,
         pools: Sequence[NDArray[np.uint8] | TieredBlocks],
         open_pools: Sequence[NDArray[np.uint8]] = (),
     ) -> None:
-        """Hand over the block pools, one per cache group: uint8 [num_blocks, block_bytes], zeroed, or
-        what ``tier`` made; and those of blocks that are being filled, [num_open_blocks, open_block_bytes], if some
-        group has one. The layout inside a block is the backend's own."""
+        """Hand over the block pools, one per cache group: uint8 [num_blocks, block_bytes], zeroed,
+        or what ``tier`` made; and those of blocks that are being filled, [num_open_blocks,
+        open_block_bytes], if some group has one. The layout inside a block is the backend's own."""
 
     def forward(self, batch: ForwardBatch) -> HeadOutput:
-        """Compute the batch and write its KV. Raises LostBlocksError if KV was lost with the disk: the
+        """Compute the batch and write its KV. Raises LostBlocksError if the disk has lost KV: the
         tokens of this step are then wrong, and so are the blocks that ``take_lost`` names."""

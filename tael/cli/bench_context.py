@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from tael.cli.common import TransferBar, byte_size
+from tael.cli.common import F, TransferBar, byte_size
 
 if TYPE_CHECKING:
     from tael.evals.context.suite import Cell
@@ -30,6 +31,17 @@ def _lengths(text: str) -> tuple[int, ...]:
     return tuple(sorted(lengths))
 
 
+def lengths_option(default: str) -> Callable[[F], F]:
+    return click.option(
+        "--lengths",
+        default=default,
+        type=_lengths,
+        metavar="N,...",
+        show_default=True,
+        help="Contexts, in tokens.",
+    )
+
+
 @click.command("context")
 @click.argument("model")
 @click.option(
@@ -39,14 +51,7 @@ def _lengths(text: str) -> tuple[int, ...]:
     metavar="NAME=SETTING:VALUE,...",
     help="Compare with the exact model; may be given several times.",
 )
-@click.option(
-    "--lengths",
-    default="1K,2K,4K,8K",
-    type=_lengths,
-    metavar="N,...",
-    show_default=True,
-    help="Contexts, in tokens.",
-)
+@lengths_option(default="1K,2K,4K,8K")
 @click.option("--tasks", metavar="NAME,...", help="Only these.  [default: all]")
 @click.option(
     "--samples", default=8, type=COUNT, show_default=True, help="Haystacks a task and length."
@@ -148,7 +153,7 @@ def command(
     with TransferBar() as progress:
         resolve(model, progress=progress)
         fetch_texts(progress)
-    result = run_suite(settings, show=_show)
+    result = run_suite(settings, show=show_cell)
     click.echo(render(result, slo))
     if json_path:
         machine = {
@@ -163,7 +168,7 @@ def command(
         plot_quality(plot, result, title=f"{Path(model).name}: quality against cost")
 
 
-def _show(mode: str, length: int, cell: Cell) -> None:
+def show_cell(mode: str, length: int, cell: Cell) -> None:
     """One line on stderr while the next cell runs."""
     if cell.error is not None:
         text = f"failed: {cell.error}"

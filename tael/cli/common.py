@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
-from tael.config import KV_FORMATS
+from tael.config import KV_FORMATS, MODES
 from tael.errors import TaelError
 
 if TYPE_CHECKING:
@@ -82,11 +82,18 @@ def model_options(command: F) -> F:
             metavar="TOKENS",
             help="The same for each token of the prompt.  [default: all]",
         ),
+        "mode": click.option(
+            "--mode",
+            type=click.Choice(MODES),
+            default="exact",
+            show_default=True,
+            help="KV format and budgets by what they lose on this model (tael calibrate).",
+        ),
         "kv_disk": click.option(
             "--kv-disk",
             type=byte_size,
             metavar="SIZE",
-            help="Let contexts be larger than the memory: their KV is in a file of up to this size.",
+            help="Let contexts be larger than the memory: KV is in a file of up to this size.",
         ),
         "kv_cache_dir": click.option(
             "--kv-cache-dir",

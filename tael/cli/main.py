@@ -14,7 +14,19 @@ import click
 from tael import __version__
 from tael.errors import TaelError
 
-COMMANDS = ("run", "chat", "serve", "pull", "rm", "inspect", "bench", "cache", "keys", "usage")
+COMMANDS = (
+    "run",
+    "chat",
+    "serve",
+    "pull",
+    "rm",
+    "inspect",
+    "bench",
+    "calibrate",
+    "cache",
+    "keys",
+    "usage",
+)
 
 
 class _Failure(click.ClickException):

@@ -10,10 +10,25 @@ import click
 from tael.cli.common import TransferBar, byte_size, model_options, speculation_option
 
 
+def _address(text: str) -> tuple[str, int]:
+    """Of a listener; on the loopback interface unless told otherwise."""
+    host, _, port = text.rpartition(":")
+    if not port.isdecimal():
+        raise click.BadParameter(f"{text!r} is no port and no ADDRESS:PORT")
+    return host.strip("[]") or "127.0.0.1", int(port)
+
+
 @click.command("serve")
 @click.argument("model", required=False)
 @click.option("--host", default="127.0.0.1", metavar="ADDRESS", show_default=True)
 @click.option("--port", default=8000, metavar="PORT", show_default=True, help="0: any.")
+@click.option(
+    "--metrics-listen",
+    "metrics_address",
+    type=_address,
+    metavar="[ADDRESS:]PORT",
+    help="Have /metrics there, without a key, and not beside the other routes.",
+)
 @click.option("--name", metavar="NAME", help="What callers call the model.  [default: MODEL]")
 @click.option(
     "--keys",
@@ -80,6 +95,7 @@ def command(
     model: str | None,
     host: str,
     port: int,
+    metrics_address: tuple[str, int] | None,
     name: str | None,
     keys_path: Path | None,
     ledger_path: Path | None,
@@ -136,6 +152,7 @@ def command(
         stall_s=stall_timeout,
         drain_s=drain_timeout,
         max_body_bytes=max_body,
+        metrics_address=metrics_address,
     )
     card = FREE if rate_card is None else RateCard.load(rate_card)
     with (

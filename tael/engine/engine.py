@@ -201,8 +201,8 @@ class Engine:
         """Compute one step of the unfinished requests.
 
         An exception in the sampling or the text of one request ends that request with the reason
-        ERROR, and a disk that has lost KV all requests of the step; any other is raised. If all requests wait for blocks from disk, so does the step, for
-        a moment.
+        ERROR, and a disk that has lost KV ends all requests of the step; any other is raised. If
+        all requests wait for blocks from disk, so does the step, for a moment.
         """
         schedule = self.scheduler.schedule()
         if self.tier and not schedule.scheduled:

@@ -175,10 +175,10 @@ def plan_tiered_pools(
 ) -> PoolPlan:
     """As ``plan_pools``, with the complete blocks of full attention on disk.
 
-    There are as many of these as ``disk_bytes`` hold and ``max_num_seqs`` requests can use, but what
-    they take in memory without their KV is at most half of it. Windows get what they can use of the
-    other half, up to a half of that, and the rest holds KV of blocks on disk. Raises TaelError for a
-    model without full attention, and if a step does not fit.
+    There are as many of these as ``disk_bytes`` hold and ``max_num_seqs`` requests can use, but
+    what they take in memory without their KV is at most half of it. Windows get what they can use
+    of the other half, up to a half of that, and the rest holds KV of blocks on disk. Raises
+    TaelError for a model without full attention, and if a step does not fit.
     """
     full, *windows = groups
     if full.window is not None:
@@ -194,8 +194,8 @@ def plan_tiered_pools(
     if num_blocks * block_size < shortest:
         least = format_bytes(shortest // block_size * full.disk_block_bytes)
         raise TaelError(
-            f"a context of {shortest} tokens takes {least} on disk and as much memory as this budget "
-            "does not leave; raise --kv-disk or --memory."
+            f"a context of {shortest} tokens takes {least} on disk, and memory besides that this "
+            "budget does not leave; raise --kv-disk or --memory."
         )
     max_model_len = min(max_model_len, num_blocks * block_size)
     rest = kv_bytes - open_bytes - num_blocks * full.memory_block_bytes

@@ -13,8 +13,8 @@ from tael.models.spec import CacheGroup
 
 
 class KVStore:
-    """Two arrays of blocks per cache group, for the life of the engine. Complete blocks of the first
-    group may be ``tiered`` instead of an array.
+    """Two arrays of blocks per cache group, for the life of the engine. Complete blocks of the
+    first group may be ``tiered`` instead of an array.
 
     The memory is anonymous and private: zero, aligned to a page, and taken from the machine
     only as blocks are first written.

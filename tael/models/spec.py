@@ -214,7 +214,7 @@ class CacheGroup:
 
     @property
     def slot_bytes(self) -> int:
-        """Room of one KV head of a complete block, in memory and on disk, where blocks are tiered."""
+        """Room of one KV head of a tiered block, in memory and on disk."""
         return -(-self.head_bytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
 
     @property
@@ -246,8 +246,8 @@ class CacheGroup:
 def cache_groups(
     spec: ModelSpec, block_size: int, *, tiered: bool = False
 ) -> tuple[CacheGroup, ...]:
-    """The layer groups of a model, full attention first, then windows from wide to narrow. Blocks of
-    full attention that are ``tiered`` move when they are complete, whatever their format."""
+    """The layer groups of a model, full attention first, then windows from wide to narrow. Blocks
+    of full attention that are ``tiered`` move when they are complete, whatever their format."""
     by_window: dict[int | None, list[int]] = {}
     for i, layer in enumerate(spec.layers):
         by_window.setdefault(layer.mixer.cache_spec.window, []).append(i)

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from tael import __version__
 from tael.economics.keys import Key
 from tael.economics.rate_card import ServiceTier
-from tael.server import anthropic, chat, completions, page, responses
+from tael.server import anthropic, chat, completions, operators, page, responses
 from tael.server.access import Access, BodyLimit
 from tael.server.anthropic_schema import CountTokensRequest, MessagesRequest
 from tael.server.errors import ApiError, bad_request
@@ -28,26 +28,6 @@ from tael.server.validation import first_error
 Answer = Callable[[Run], Coroutine[Any, Any, dict[str, Any] | EventStream]]
 
 router = APIRouter()
-
-
-@router.get("/health/live")
-async def live() -> dict[str, str]:
-    """The process answers."""
-    return {"status": "ok"}
-
-
-@router.get("/health/ready", response_model=None)
-async def ready(request: Request) -> Response:
-    """The engine moves, and requests are taken. Say so to a load balancer."""
-    is_ready = _service(request).is_ready
-    return JSONResponse({"status": "ready" if is_ready else "not ready"}, 200 if is_ready else 503)
-
-
-@router.get("/metrics", response_model=None)
-async def metrics(request: Request) -> Response:
-    return Response(
-        _service(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8"
-    )
 
 
 @router.get("/live")
@@ -147,14 +127,21 @@ async def _run(request: Request, model: str, service_tier: ServiceTier, answer: 
 
 
 def create_app(
-    service: Service, *, max_body_bytes: int, allowed_hosts: frozenset[str] | None
+    service: Service,
+    *,
+    max_body_bytes: int,
+    allowed_hosts: frozenset[str] | None,
+    has_metrics: bool,
 ) -> FastAPI:
     """The ASGI application. ``allowed_hosts`` are the names by which callers may call it; None
-    for any."""
+    for any. It ``has_metrics`` unless they have a listener of their own."""
     app = FastAPI(
         title="Tael", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False
     )
     app.state.service = service
+    app.include_router(operators.health)
+    if has_metrics:
+        app.include_router(operators.metrics)
     app.include_router(router)
     app.include_router(page.router)
 

@@ -36,6 +36,7 @@ class EngineSettings(Message, frozen=True):
     kv_format: str = "bf16"
     kv_budget: int | None = None
     prefill_budget: int | None = None
+    mode: str = "exact"
     kv_disk: int | None = None
     kv_cache_dir: str | None = None
     kv_cache_size: int = 10 << 30

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 
@@ -20,6 +20,7 @@ from tael.server.app import create_app
 from tael.server.engine_client import EngineClient
 from tael.server.messages import EngineSettings
 from tael.server.metrics import Metrics
+from tael.server.operators import create_operators_app
 from tael.server.service import Service
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,8 @@ class ServerConfig:
     drain_s: float = 300.0
     """The longest that requests are waited for at the end."""
     max_body_bytes: int = 16 << 20
+    metrics_address: tuple[str, int] | None = None
+    """Where operators look, without a key. None: ``/metrics`` is beside the other routes."""
 
 
 async def serve(config: ServerConfig, *, keys: Keys | None, ledger: Ledger | None) -> None:
@@ -75,6 +78,7 @@ async def opened(
                 service,
                 max_body_bytes=config.max_body_bytes,
                 allowed_hosts=LOOPBACK if is_open else None,
+                has_metrics=config.metrics_address is None,
             )
             settings = uvicorn.Config(
                 app, lifespan="off", access_log=False, server_header=False, log_level="warning"
@@ -82,9 +86,29 @@ async def opened(
             host, port = listener.getsockname()[:2]
             logger.info("%s: %s", config.model, engine.ready.description)
             logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
-            yield DrainingServer(settings, service, config.drain_s), listener
+            async with _metrics_served(config.metrics_address, service):
+                yield DrainingServer(settings, service, config.drain_s), listener
         finally:
             await engine.close()
+
+
+@asynccontextmanager
+async def _metrics_served(address: tuple[str, int] | None, service: Service) -> AsyncIterator[None]:
+    """A second server beside, if it has an address."""
+    if address is None:
+        yield
+        return
+    with _bound(*address) as listener:
+        app = create_operators_app(service)
+        settings = uvicorn.Config(app, lifespan="off", access_log=False, log_level="warning")
+        server = _MetricsServer(settings)
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        logger.info("metrics on http://%s:%d/metrics", *listener.getsockname()[:2])
+        try:
+            yield
+        finally:
+            server.should_exit = True
+            await serving
 
 
 def _bound(host: str, port: int) -> socket.socket:
@@ -97,9 +121,17 @@ def _bound(host: str, port: int) -> socket.socket:
         listener.bind(address)
     except OSError as error:
         raise TaelError(
-            f"cannot listen on {host} port {port}: {error.strerror}; name another --port or --host."
+            f"cannot listen on {host} port {port}: {error.strerror}; name another port or address."
         ) from error
     return listener
+
+
+class _MetricsServer(uvicorn.Server):
+    """Leaves signals to the other one."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
 
 
 class DrainingServer(uvicorn.Server):

@@ -221,6 +221,7 @@ def test_run_options_reach_the_model(llm: FakeLLM) -> None:
         "kv_budget": 2048,
         "prefill_budget": 4096,
         "kv_disk": 3 << 30,
+        "mode": "exact",
         "kv_cache_dir": "kv",
         "kv_cache_size": 1 << 30,
     }

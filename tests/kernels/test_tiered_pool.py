@@ -94,9 +94,7 @@ def clear(fd: int) -> None:
 
 
 @pytest.mark.parametrize("damage", [flip, swap, cut, clear])
-def test_a_damaged_file_is_noticed(
-    damage: Callable[[int], None], blocks: CPUTieredBlocks
-) -> None:
+def test_a_damaged_file_is_noticed(damage: Callable[[int], None], blocks: CPUTieredBlocks) -> None:
     fill(blocks)
     read(blocks, 1)
     read(blocks, 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -81,6 +82,26 @@ ROUTES = [
     ("GET", "/health/live%2f..%2f..%2fmetrics"),
     ("GET", "/HEALTH/LIVE"),
 ]
+
+
+def test_metrics_on_a_listener_of_their_own(folder: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    keys = Keys(tmp_path / "keys.sqlite")
+    _, token = keys.create("test")
+    with (
+        running(folder, keys=keys, metrics_address=("127.0.0.1", port)) as server,
+        server.http() as callers,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}") as operators,
+    ):
+        assert "tael_engine_up 1.0" in operators.get("/metrics").text
+        assert operators.get("/health/ready").json() == {"status": "ready"}
+        for path in ("/v1/models", "/live", "/", "/openapi.json"):
+            assert operators.get(path).status_code == 404, path
+        headers = {"authorization": f"Bearer {token}"}
+        assert callers.get("/metrics", headers=headers).status_code == 404
+        assert callers.get("/v1/models", headers=headers).status_code == 200
+    keys.close()
 
 
 def credentials(token: str) -> list[dict[str, str]]:

@@ -25,8 +25,9 @@ Bytes = NDArray[np.uint8]
 
 
 class CPUTieredBlocks:
-    """``TieredBlocks``: a file without a name, which ends with the process, and what of it is in memory: ``num_slots``
-    KV heads of single layers and blocks, and the summaries of all (csrc/tiers/tiered_pool.hpp).
+    """``TieredBlocks``: a file without a name, which ends with the process, and what of it is in
+    memory: ``num_slots`` KV heads of single layers and blocks, and the summaries of all
+    (csrc/tiers/tiered_pool.hpp).
 
     Raises TaelError if ``folder`` has no room for ``num_blocks``, or the slots are too few for that
     many threads.
@@ -110,8 +111,8 @@ def _nameless_file(folder: Path, num_bytes: int) -> int:
 
 
 def _open_directly(fd: int) -> None:
-    """Past the page cache, where the file system does that in pieces of SLOT_ALIGNMENT: what does not
-    fit the memory budget must not take memory elsewhere."""
+    """Past the page cache, where the file system does that in pieces of SLOT_ALIGNMENT: what does
+    not fit the memory budget must not take memory elsewhere."""
     if not hasattr(os, "O_DIRECT"):
         return
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tael.backends.base import ForwardBatch, HeadOutput
+from tael.backends.base import ForwardBatch, HeadOutput, TieredBlocks
 from tael.backends.reference.block_selection import chosen_blocks
 from tael.backends.reference.head import head_output
 from tael.backends.reference.kv_cache import KVCache
@@ -21,9 +22,10 @@ from tael.backends.reference.layers import (
     rotary,
 )
 from tael.config import BLOCK_SIZE, SchedulerConfig
+from tael.errors import TaelError
 from tael.loader.checkpoint import Checkpoint
 from tael.loader.weights import read_parameter
-from tael.models.spec import Attention, Dense, ModelSpec
+from tael.models.spec import Attention, CacheGroup, Dense, ModelSpec
 
 
 class ReferenceBackend:
@@ -64,7 +66,7 @@ class ReferenceBackend:
         pools: Sequence[NDArray[np.uint8] | TieredBlocks],
         open_pools: Sequence[NDArray[np.uint8]] = (),
     ) -> None:
-        self.kv_cache = KVCache(self.spec, [len(np.asarray(pool)) for pool in pools])
+        self.kv_cache = KVCache(self.spec, [len(p) for p in pools if isinstance(p, np.ndarray)])
 
     def forward(self, batch: ForwardBatch) -> HeadOutput:
         return head_output(self.logits(batch), batch.temperatures)

@@ -11,6 +11,9 @@ from tael.errors import TaelError
 
 NOT_A_MODE = {
     "backend",
+    "mode",
+    "kv_disk_bytes",
+    "kv_disk_dir",
     "memory_bytes",
     "max_model_len",
     "rope_scaling",

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tael.backends.base import Backend, ForwardBatch, HeadOutput
+from tael.backends.base import Backend, ForwardBatch, HeadOutput, TieredBlocks
 from tael.config import SchedulerConfig
 from tael.engine.engine import Engine
 from tael.errors import TaelError
+from tael.models.spec import CacheGroup
 from tael.request import SamplingParams
 
 
@@ -62,8 +64,15 @@ class _Teacher:
     def reserve(self, scheduler: SchedulerConfig, max_model_len: int) -> int:
         return self._backend.reserve(scheduler, max_model_len)
 
+    def tier(
+        self, group: CacheGroup, num_blocks: int, num_slots: int, folder: Path
+    ) -> TieredBlocks:
+        return self._backend.tier(group, num_blocks, num_slots, folder)
+
     def bind_kv(
-        self, pools: Sequence[NDArray[np.uint8]], open_pools: Sequence[NDArray[np.uint8]] = ()
+        self,
+        pools: Sequence[NDArray[np.uint8] | TieredBlocks],
+        open_pools: Sequence[NDArray[np.uint8]] = (),
     ) -> None:
         self._backend.bind_kv(pools, open_pools)
 

@@ -1,0 +1,80 @@
+"""``tael calibrate``: what the modes with names mean for a model, measured here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from tael.cli.bench_context import COUNT, lengths_option, show_cell
+from tael.cli.common import TransferBar
+
+
+@click.command("calibrate")
+@click.argument("model")
+@lengths_option(default="2K,8K")
+@click.option("--tasks", metavar="NAME,...", help="Only these.  [default: those of retrieval]")
+@click.option(
+    "--samples", default=4, type=COUNT, show_default=True, help="Haystacks a task and length."
+)
+@click.option(
+    "--questions",
+    default=12,
+    type=click.IntRange(1, 24),
+    metavar="N",
+    show_default=True,
+    help="About each haystack, at most.",
+)
+@click.option("--seed", default=0, metavar="N", show_default=True, help="Of all samples.")
+@click.option("--threads", type=int, metavar="N", help="Threads to compute with.")
+def command(
+    model: str,
+    lengths: tuple[int, ...],
+    tasks: str | None,
+    samples: int,
+    questions: int,
+    seed: int,
+    threads: int | None,
+) -> None:
+    """Measure what KV formats and reading budgets lose on this model, and choose the settings
+    of --mode balanced (less than 2 points of the exact score, at 95%) and frugal (5 points)."""
+    from tael.config import EngineConfig
+    from tael.evals.context.calibrate import LADDER, calibration
+    from tael.evals.context.suite import Settings, run_suite
+    from tael.evals.context.tasks import TASKS, parse_tasks
+    from tael.evals.context.texts import fetch_texts
+    from tael.loader.modes import MARGINS, save_calibration
+    from tael.loader.prepared import load_prepared
+    from tael.loader.sources import resolve
+
+    retrieval = tuple(name for name, task in TASKS.items() if task.kind == "retrieval")
+    settings = Settings(
+        model=model,
+        modes=LADDER,
+        lengths=lengths,
+        tasks=retrieval if tasks is None else parse_tasks(tasks),
+        num_samples=samples,
+        num_questions=questions,
+        num_texts=0,
+        seed=seed,
+        config=EngineConfig(num_threads=threads),
+    )
+    with TransferBar() as progress:
+        path = resolve(model, progress=progress)
+        fetch_texts(progress)
+    result = run_suite(settings, show=show_cell)
+    found = calibration(result, load_prepared(path).weights.digest)
+    click.echo(
+        f"{Path(model).name}: {len(found.tasks)} tasks, {found.num_questions} questions a length, "
+        f"up to {max(found.lengths):,} tokens"
+    )
+    for candidate in found.candidates:
+        points = -100 * candidate.lower_bound
+        click.echo(f"  {_text(candidate.settings)}: loses at most {points:.1f} points")
+    for name in MARGINS:
+        click.echo(f"--mode {name}: {_text(found.mode(name).settings)}")
+    click.echo(f"written to {save_calibration(found)}")
+
+
+def _text(settings: dict[str, str | int | None]) -> str:
+    return ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in settings.items()) or "as exact"

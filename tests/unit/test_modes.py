@@ -1,0 +1,105 @@
+"""Modes with names: chosen by what was measured, kept as a file."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from test_context_report import cell, result
+
+from tael.config import MODES, EngineConfig
+from tael.errors import TaelError
+from tael.evals.context.calibrate import LADDER, calibration
+from tael.evals.context.suite import Result
+from tael.loader import modes
+from tael.loader.modes import (
+    MARGINS,
+    Calibration,
+    Measured,
+    find_calibration,
+    mode_settings,
+    read_calibration,
+    save_calibration,
+)
+
+FOUND = Calibration(
+    model="m",
+    digest="d",
+    lengths=(1024, 8192),
+    tasks=("multikey",),
+    num_questions=100,
+    candidates=(
+        Measured({"kv_format": "k8v4", "kv_budget": 2048}, -0.08),
+        Measured({"kv_format": "k8v4"}, -0.03),
+        Measured({"kv_format": "q8"}, -0.01),
+    ),
+)
+
+
+@pytest.fixture(autouse=True)
+def data_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_the_most_frugal_within_the_margin_is_chosen() -> None:
+    assert set(MODES) == {"exact", *MARGINS}
+    assert FOUND.mode("frugal").settings == {"kv_format": "k8v4"}
+    assert FOUND.mode("balanced").settings == {"kv_format": "q8"}
+    hopeless = replace(FOUND, candidates=FOUND.candidates[:1])
+    assert hopeless.mode("frugal").settings == {}, "exact is always within the margin"
+
+
+def test_a_calibration_is_kept_by_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert find_calibration("d") is None
+    path = save_calibration(FOUND)
+    assert find_calibration("d") == FOUND and find_calibration("e") is None
+    assert mode_settings("frugal", "d") == {"kv_format": "k8v4"}
+    with pytest.raises(TaelError, match="run tael calibrate"):
+        mode_settings("frugal", "e")
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    path.rename(shipped / path.name)
+    monkeypatch.setattr(modes, "SHIPPED", shipped)
+    assert find_calibration("d") == FOUND
+    save_calibration(replace(FOUND, lengths=(512,)))
+    assert find_calibration("d") != FOUND, "the user's own comes first"
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"candidates": [{"settings": 1}]}'])
+def test_a_damaged_file_is_refused(text: str) -> None:
+    path = save_calibration(FOUND)
+    path.write_text(text)
+    with pytest.raises(TaelError, match="is damaged"):
+        read_calibration(path)
+
+
+def test_a_mode_chooses_alone() -> None:
+    for settings in ({"kv_format": "q8"}, {"kv_budget": 2048}, {"prefill_budget": 2048}):
+        with pytest.raises(TaelError, match="leave out either"):
+            EngineConfig(mode="balanced", **settings)  # type: ignore[arg-type]
+    with pytest.raises(TaelError, match="no mode 'fast'"):
+        EngineConfig(mode="fast")
+
+
+def test_a_calibration_has_the_worst_length_of_every_candidate() -> None:
+    made = result(10, 10, 9)
+    found = calibration(made, "d")
+    assert (found.digest, found.lengths, found.num_questions) == ("d", (1024, 2048, 4096), 400)
+    (measured,) = found.candidates
+    assert measured.settings == {"speculation": False}
+    assert -0.11 < measured.lower_bound < -0.1
+    assert calibration(result(10, 10, 10), "d").mode("balanced").settings, "nothing was lost"
+
+
+def test_a_candidate_that_fails_has_lost_all() -> None:
+    failed = replace(cell(10), cost=None, error="it does not fit")
+    made: Result = result(10, 10, 10, mode_cells={4096: failed})
+    assert calibration(made, "d").candidates[0].lower_bound == -1.0
+
+
+def test_the_ladder_can_be_run() -> None:
+    configs = [mode.config(EngineConfig()) for mode in LADDER]
+    assert len({repr(config) for config in configs}) == len(LADDER)
+    assert configs[0].reads_sparsely and not configs[-1].reads_sparsely
