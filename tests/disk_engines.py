@@ -19,7 +19,7 @@ from tael.loader.prepared import PreparedModel
 from tael.loader.tokenizer import Tokenizer
 from tael.memory.tiers import disk
 from tael.memory.tiers.files import PAGE, Files
-from tael.models.spec import ModelSpec, cache_groups
+from tael.models.spec import TIERED_SLOT_BYTES, ModelSpec, cache_groups
 from tael.request import SamplingParams
 
 PARAMS = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=5)
@@ -81,6 +81,37 @@ def engine_of(
         cache_bytes=cache_bytes,
     )
     return Engine(spec, backend, tokenizer, config, baseline_bytes=0)
+
+
+def make_tiered_engine(model: PreparedModel, folder: Path, cache_dir: Path | None = None) -> Engine:
+    """With 200 blocks in a file and 200 of their 800 KV heads in memory: as few as one thread can
+    do with."""
+    num_blocks = num_slots = 200
+    scheduler = SchedulerConfig(32, 64)
+    groups = cache_groups(model.spec, BLOCK_SIZE, tiered=True)
+    (group,) = groups
+    assert group.num_heads == 4
+    backend = CPUBackend(model.spec, model.weights, num_threads=1)
+    memory_bytes = (
+        backend.weights_bytes
+        + backend.reserve(scheduler, 256)
+        + overhead_bytes(model.spec)
+        + scheduler.max_num_open_blocks * group.open_block_bytes
+        + num_blocks * group.memory_block_bytes
+        + num_slots * (group.slot_bytes + TIERED_SLOT_BYTES)
+    )
+    if cache_dir is not None:
+        memory_bytes += disk.overhead_bytes(64 << 20, groups)
+    config = EngineConfig(
+        memory_bytes=memory_bytes,
+        max_model_len=256,
+        kv_disk_bytes=num_blocks * group.disk_block_bytes,
+        kv_disk_dir=folder,
+        cache_dir=cache_dir,
+        cache_bytes=64 << 20,
+        scheduler=scheduler,
+    )
+    return Engine(model.spec, backend, model.tokenizer, config, baseline_bytes=0)
 
 
 def run(engine: Engine, prompts: Sequence[list[int]]) -> list[RequestOutput]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tael.backends.base import TieredBlocks
+from tael.backends.blocks import zeroed_blocks
 from tael.models.spec import CacheGroup
 
 
@@ -17,7 +17,7 @@ class KVStore:
     first group may be ``tiered`` instead of an array.
 
     The memory is anonymous and private: zero, aligned to a page, and taken from the machine
-    only as blocks are first written.
+    only as blocks are first written (``zeroed_blocks``).
     """
 
     def __init__(
@@ -29,12 +29,12 @@ class KVStore:
     ) -> None:
         self.tiered = tiered
         self.pools: list[NDArray[np.uint8] | TieredBlocks] = [
-            tiered if tiered and i == 0 else _zeros(num_blocks[i], group.block_bytes)
+            tiered if tiered and i == 0 else zeroed_blocks(num_blocks[i], group.block_bytes)
             for i, group in enumerate(groups)
         ]
         """uint8 [num_blocks, block_bytes] each. What is inside a block is the backend's own."""
         self.open_pools: list[NDArray[np.uint8]] = [
-            _zeros(num_open_blocks if group.open_block_bytes else 0, group.open_block_bytes)
+            zeroed_blocks(num_open_blocks if group.open_block_bytes else 0, group.open_block_bytes)
             for group in groups
         ]
         """uint8 [num_open_blocks, open_block_bytes] each: blocks that are being filled, of the
@@ -68,10 +68,3 @@ class KVStore:
             pool.nbytes if isinstance(pool, np.ndarray) else pool.num_bytes
             for pool in (*self.pools, *self.open_pools)
         )
-
-
-def _zeros(num_blocks: int, block_bytes: int) -> NDArray[np.uint8]:
-    if num_blocks == 0:
-        return np.zeros((0, block_bytes), np.uint8)
-    memory = mmap.mmap(-1, num_blocks * block_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return np.frombuffer(memory, np.uint8).reshape(num_blocks, block_bytes)

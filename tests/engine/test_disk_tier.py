@@ -16,6 +16,7 @@ from disk_engines import (
     engine_of,
     install,
     make_engine,
+    make_tiered_engine,
     prompts,
     run,
     run_one,
@@ -104,6 +105,25 @@ def test_memory_too_small_for_two(
     assert_same(outputs, cold)
     assert sum(o.usage.num_restored_tokens for o in outputs) > 300
     engine.close()
+
+
+def test_live_blocks_on_disk_too(
+    model: PreparedModel, cold: list[RequestOutput], tmp_path: Path
+) -> None:
+    """Idle prefixes go from one file to another, and back."""
+    first = make_tiered_engine(model, tmp_path, tmp_path / "idle")
+    outputs = run(first, PROMPTS)
+    first.close()
+    second = make_tiered_engine(model, tmp_path, tmp_path / "idle")
+    restored = run(second, PROMPTS)
+    second.close()
+    assert_same(outputs, cold)
+    assert_same(restored, cold)
+    assert second.manager.num_restored_tokens > 300
+    plain = make_engine(model, tmp_path / "idle")
+    assert_same(run(plain, PROMPTS[:1]), cold[:1])
+    plain.close()
+    assert plain.manager.num_restored_tokens == 0, "blocks are laid out otherwise there"
 
 
 def settle(engine: Engine) -> None:

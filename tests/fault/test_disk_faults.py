@@ -169,7 +169,7 @@ def test_a_write_that_lies(
     assert bool(counters.num_corrupt_blocks) == (fault != "short")
 
 
-FIELDS = ["family", "spec", "block_size", "budgets", "weights", "isa", "kernels"]
+FIELDS = ["family", "spec", "block_size", "budgets", "layout", "weights", "isa", "kernels"]
 
 
 @pytest.mark.parametrize(

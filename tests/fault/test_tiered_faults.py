@@ -9,20 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from byte_llama import save_byte_llama
-from disk_engines import PARAMS, assert_same, run
+from disk_engines import PARAMS, assert_same, make_tiered_engine, run
 
-from tael.backends.cpu.backend import CPUBackend
 from tael.backends.cpu.tiered_blocks import CPUTieredBlocks
-from tael.config import BLOCK_SIZE, EngineConfig, SchedulerConfig
-from tael.engine.engine import Engine, OutputDelta, overhead_bytes
+from tael.engine.engine import Engine, OutputDelta
 from tael.llm import gathered
 from tael.loader.prepared import PreparedModel, load_prepared
-from tael.models.spec import TIERED_SLOT_BYTES, cache_groups
 from tael.request import FinishReason
-
-NUM_BLOCKS = 200
-NUM_SLOTS = 200
-"""As few as one thread can do with."""
 
 
 @pytest.fixture(scope="module")
@@ -34,25 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> PreparedModel:
 
 @pytest.fixture
 def engine(model: PreparedModel, tmp_path: Path) -> Engine:
-    scheduler = SchedulerConfig(32, 64)
-    (group,) = cache_groups(model.spec, BLOCK_SIZE, tiered=True)
-    backend = CPUBackend(model.spec, model.weights, num_threads=1)
-    memory_bytes = (
-        backend.weights_bytes
-        + backend.reserve(scheduler, 256)
-        + overhead_bytes(model.spec)
-        + scheduler.max_num_open_blocks * group.open_block_bytes
-        + NUM_BLOCKS * group.memory_block_bytes
-        + NUM_SLOTS * (group.slot_bytes + TIERED_SLOT_BYTES)
-    )
-    config = EngineConfig(
-        memory_bytes=memory_bytes,
-        max_model_len=256,
-        kv_disk_bytes=NUM_BLOCKS * group.disk_block_bytes,
-        kv_disk_dir=tmp_path,
-        scheduler=scheduler,
-    )
-    return Engine(model.spec, backend, model.tokenizer, config, baseline_bytes=0)
+    return make_tiered_engine(model, tmp_path)
 
 
 def file_of(engine: Engine) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tael import _native
+from tael.backends.blocks import zeroed_blocks
 from tael.config import SLOT_ALIGNMENT
 from tael.errors import LostBlocksError, TaelError
 from tael.models.spec import CacheGroup
@@ -48,8 +49,8 @@ class CPUTieredBlocks:
         self._fd = _nameless_file(folder, self.file_bytes)
         # Also when what follows fails.
         weakref.finalize(self, os.close, self._fd)
-        self._slots = _zeros(num_slots, group.slot_bytes)
-        self.summaries = _zeros(num_blocks, group.num_heads * group.head_summary_bytes)
+        self._slots = zeroed_blocks(num_slots, group.slot_bytes)
+        self.summaries = zeroed_blocks(num_blocks, group.num_heads * group.head_summary_bytes)
         self.native = _native.TieredPool(self._fd, num_blocks, group.num_heads, self._slots)
 
     @property
@@ -75,15 +76,6 @@ class CPUTieredBlocks:
 
     def take_lost(self) -> list[int]:
         return sorted(set(self.native.take_lost()))
-
-
-def _zeros(rows: int, row_bytes: int) -> Bytes:
-    """At the start of a page, and taken from the machine as it is written."""
-    if rows * row_bytes == 0:
-        return np.zeros((rows, row_bytes), np.uint8)
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    memory = mmap.mmap(-1, rows * row_bytes, flags=flags)
-    return np.frombuffer(memory, np.uint8).reshape(rows, row_bytes)
 
 
 def _nameless_file(folder: Path, num_bytes: int) -> int:
