@@ -28,7 +28,7 @@ from tael.loader.sources import resolve
 from tael.memory.process import peak_rss_bytes
 
 RESULTS = Path(__file__).with_name("results") / "tiered.json"
-SETTINGS: dict[str, Any] = {"kv_format": "q8", "kv_budget": 2048, "prefill_budget": 2048}
+SETTINGS: dict[str, Any] = {"kv_format": "q8", "kv_budget": 2048, "prefill_budget": 512}
 NUM_STEPS = 64
 """Of one turn."""
 
