@@ -309,7 +309,10 @@ NB_MODULE(_native, m) {
         nb::gil_scoped_release release;
         self.pool.write_block(block, payload.data());
       }, "block"_a, "payload"_a)
-      .def("take_lost", [](TieredPoolHandle& self) { return self.pool.take_lost(); })
+      .def("take_lost", [](TieredPoolHandle& self) {
+        const TieredPool::Lost lost = self.pool.take_lost();
+        return nb::make_tuple(lost.blocks, lost.reason);
+      })
       .def_prop_ro("num_bytes", [](const TieredPoolHandle& self) { return self.pool.bytes(); })
       .def_prop_ro("counters", [](TieredPoolHandle& self) {
         const TieredPool::Counters c = self.pool.counters();

@@ -11,4 +11,4 @@ class TaelError(Exception):
 
 
 class LostBlocksError(TaelError):
-    """A step read, or wrote, KV blocks that the disk has lost."""
+    """KV blocks could not be written to disk or read back."""

@@ -30,7 +30,6 @@ void Model::add_layer(AttentionConfig attention, AttentionWeights weights, Dense
   if (attention.cache_group >= num_cache_groups()) {
     pools_.resize(attention.cache_group + 1);
     open_pools_.resize(attention.cache_group + 1);
-    tiered_pools_.resize(attention.cache_group + 1);
   }
   unpacks_ |= attention.kv_format != KVFormat::BF16;
   selects_ |= attention.key_summaries;
@@ -118,7 +117,6 @@ void Model::bind_kv(int cache_group, const BlockPool& blocks, const BlockPool& o
   }
   pools_.at(cache_group) = blocks;
   open_pools_.at(cache_group) = open;
-  tiered_pools_.at(cache_group) = nullptr;
 }
 
 void Model::bind_kv(int cache_group, TieredPool* tiered, const BlockPool& summaries, const BlockPool& open) {
@@ -137,7 +135,6 @@ void Model::bind_kv(int cache_group, TieredPool* tiered, const BlockPool& summar
   }
   pools_.at(cache_group) = {tiered->data(), tiered->num_blocks(), 0};
   open_pools_.at(cache_group) = open;
-  tiered_pools_.at(cache_group) = tiered;
 }
 
 void Model::check(const Batch& batch) const {
@@ -199,8 +196,6 @@ const HeadOutput& Model::forward(Batch batch) {
   batch.token_seq = ws_->token_seq.data();
   for (AttentionPlan& plan : plans_) plan.prepare(batch);
   pool_.run([&](int thread) { step({batch, kernels_, pool_, thread}); });
-  for (TieredPool* tiered : tiered_pools_)
-    if (tiered) tiered->check();
   return lm_head_.output();
 }
 

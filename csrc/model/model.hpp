@@ -45,8 +45,8 @@ class Model {
   void bind_kv(int cache_group, TieredPool* tiered, const BlockPool& summaries, const BlockPool& open);
 
   // What is known of the logits of batch.logits_indices, valid until the next call.
-  // Throws std::out_of_range for a batch beyond the limits, the vocabulary or the block pools, and
-  // LostBlocks if a tiered pool cannot read what the batch needs or write what it computes.
+  // Throws std::out_of_range for a batch beyond the limits, the vocabulary or the block pools. Sequences
+  // with blocks that a tiered pool has lost meanwhile (take_lost) get anything.
   const HeadOutput& forward(Batch batch);
   Candidate draw(int64_t row, double uniform) const { return lm_head_.draw(kernels_, row, uniform); }
 
@@ -101,7 +101,6 @@ class Model {
   std::vector<AttentionShape> shapes_;
   std::vector<Layer> layers_;
   std::vector<BlockPool> pools_, open_pools_;  // per cache group
-  std::vector<TieredPool*> tiered_pools_;      // likewise; null: all blocks are in memory
   bool unpacks_ = false;  // blocks of some layer are compressed
   bool selects_ = false;  // or have summaries
   std::unique_ptr<Workspace> ws_;

@@ -1,5 +1,6 @@
 #include "tiers/async_file.hpp"
 
+#include <fcntl.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -15,8 +16,8 @@
 
 namespace tael {
 
-AsyncFile::AsyncFile(int fd, [[maybe_unused]] int max_in_flight) : fd_(dup(fd)) {
-  if (fd_ < 0) throw std::system_error(errno, std::generic_category(), "dup");
+AsyncFile::AsyncFile(int fd, [[maybe_unused]] int max_in_flight) : fd_(fcntl(fd, F_DUPFD_CLOEXEC, 0)) {
+  if (fd_ < 0) throw std::system_error(errno, std::generic_category(), "fcntl");
 #ifdef __linux__
   if (syscall(SYS_io_setup, max_in_flight, &context_) != 0) context_ = 0;
 #endif

@@ -1,13 +1,17 @@
 #include "tiers/tiered_pool.hpp"
 
+#include <sys/mman.h>
+
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <utility>
 
 namespace tael {
 namespace {
 
-// Four lanes of a polynomial over 64-bit words, by an odd factor: a change of any one word changes it.
+// Four lanes over 64-bit words. Each step is invertible, so that a change of one word changes its lane; turned,
+// since a product carries nothing from high bits to low ones.
 uint32_t checksum(const uint8_t* data, int64_t bytes) {
   constexpr uint64_t kFactor = 0x9e3779b97f4a7c15;
   uint64_t lanes[4] = {1, 2, 3, 4};
@@ -15,7 +19,7 @@ uint32_t checksum(const uint8_t* data, int64_t bytes) {
     for (int lane = 0; lane < 4; ++lane) {
       uint64_t word;
       memcpy(&word, data + i + lane * 8, 8);
-      lanes[lane] = (lanes[lane] ^ word) * kFactor;
+      lanes[lane] = std::rotl((lanes[lane] ^ word) * kFactor, 29);
     }
   uint64_t all = 0;
   for (const uint64_t lane : lanes) all = (all ^ (lane >> 32) ^ lane) * kFactor;
@@ -35,6 +39,10 @@ TieredPool::TieredPool(int fd, int64_t num_blocks, int heads_per_block, uint8_t*
       checksums_(num_blocks * heads_per_block),
       file_(fd, kMaxInFlight) {
   if (slot_bytes % kAlignment != 0) throw std::invalid_argument("slots are not aligned");
+#ifdef MADV_DONTFORK
+  // After a fork while a read is under way, its bytes could come into the page of the other process (open(2)).
+  madvise(slots, num_slots * slot_bytes, MADV_DONTFORK);
+#endif
 }
 
 int64_t TieredPool::bytes() const {
@@ -150,13 +158,7 @@ void TieredPool::end_store(int32_t slot) {
   file_.submit(&store, 1);
 }
 
-void TieredPool::check() {
-  const Lock lock(mutex_);
-  if (error_.empty()) return;
-  throw LostBlocks(std::exchange(error_, {}));
-}
-
-std::vector<int32_t> TieredPool::take_lost() {
+TieredPool::Lost TieredPool::take_lost() {
   const Lock lock(mutex_);
   return std::exchange(lost_, {});
 }
@@ -206,13 +208,10 @@ int32_t TieredPool::take_slot(Lock& lock) {
     }
     return -1;
   };
-  int32_t slot = sweep();
-  while (slot < 0) {  // all that are not pinned are being written
-    const int before = num_in_flight_;
-    if (before == 0) throw std::logic_error("too few slots");
-    wait_until(lock, [&] { return num_in_flight_ < before; });
-    slot = sweep();
-  }
+  // Where there is none, all that are not pinned are being written.
+  int32_t slot = -1;
+  wait_until(lock, [&] { return (slot = sweep()) >= 0 || num_in_flight_ == 0; });
+  if (slot < 0) throw std::logic_error("too few slots");
   return slot;
 }
 
@@ -226,12 +225,12 @@ void TieredPool::complete(const FileResult& result, uint32_t sum) {
   }
   ++counters_.num_errors;
   const char* what = slot.state == State::Storing ? "could not be written" : "could not be read back";
-  error_ = std::string("KV blocks ") + what + ": " +
-           (result.result < 0                ? strerror(int(-result.result))
-            : result.result < slot_bytes_    ? "the file ends too early"
-                                             : "the checksum is wrong");
-  lost_.push_back(int32_t(slot.key / heads_per_block_));
-  // Whoever waits for it reads zeros, and then learns that from check().
+  if (lost_.reason.empty())
+    lost_.reason = std::string("KV blocks ") + what + ": " +
+                   (result.result < 0             ? strerror(int(-result.result))
+                    : result.result < slot_bytes_ ? "the file ends too early"
+                                                  : "the checksum is wrong");
+  lost_.blocks.push_back(int32_t(slot.key / heads_per_block_));
   memset(this->slot(int32_t(result.tag)), 0, slot_bytes_);
   slot_of_[slot.key] = -1;
   slot = {-1, slot.num_pins, State::Free, false};

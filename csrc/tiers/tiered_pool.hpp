@@ -20,7 +20,7 @@
 
 namespace tael {
 
-// A step read, or wrote, blocks that could not be read back or written.
+// What was asked for could not be read back.
 struct LostBlocks : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
@@ -55,10 +55,13 @@ class TieredPool {
   void read_block(int32_t block, uint8_t* out);
   void write_block(int32_t block, const uint8_t* in);
 
-  // Throws LostBlocks if something has gone wrong since the last call.
-  void check();
-  // The blocks that were lost since the last call. What a lost head has in memory is gone too.
-  std::vector<int32_t> take_lost();
+  // The blocks that could not be written or read back since the last call, and the reason of the first. Whoever
+  // waits for such a head reads zeros; what it had in memory is gone too.
+  struct Lost {
+    std::vector<int32_t> blocks;
+    std::string reason;
+  };
+  Lost take_lost();
 
   uint8_t* slot(int32_t index) const { return slots_ + index * slot_bytes_; }
   uint8_t* data() const { return slots_; }
@@ -98,8 +101,7 @@ class TieredPool {
   int64_t hand_ = 0;
   int num_in_flight_ = 0;
   bool is_reaping_ = false;
-  std::vector<int32_t> lost_;
-  std::string error_;
+  Lost lost_;
   Counters counters_{};
   AsyncFile file_;  // last: it goes first, while the slots are there
 };

@@ -98,8 +98,8 @@ class TieredBlocks(Protocol):
     def write_block(self, block: int, payload: NDArray[np.uint8]) -> None:
         """The inverse of ``read_block``, into any block."""
 
-    def take_lost(self) -> Sequence[int]:
-        """The blocks that could not be written or read back since the last call."""
+    def take_lost(self) -> tuple[set[int], str]:
+        """The blocks that could not be written or read back since the last call, and why."""
 
 
 class Backend(Protocol):
@@ -134,5 +134,5 @@ class Backend(Protocol):
         open_block_bytes], if some group has one. The layout inside a block is the backend's own."""
 
     def forward(self, batch: ForwardBatch) -> HeadOutput:
-        """Compute the batch and write its KV. Raises LostBlocksError if the disk has lost KV: the
-        tokens of this step are then wrong, and so are the blocks that ``take_lost`` names."""
+        """Compute the batch and write its KV. Of sequences with blocks that ``take_lost`` names
+        afterwards, nothing is right."""

@@ -18,6 +18,7 @@ class BlockPool:
         self.num_blocks = num_blocks
         # A stack: what was used last is taken first, so untouched memory stays untouched.
         self._free = list(reversed(range(num_blocks)))
+        self._distrusted: set[int] = set()
         self._cached: dict[int, None] = {}  # insertion order is the order of last use
         self._ref_counts = [0] * num_blocks
         self._hashes: list[bytes | None] = [None] * num_blocks
@@ -75,7 +76,10 @@ class BlockPool:
         never published."""
         self._ref_counts[block] -= 1
         if self._ref_counts[block] == 0:
-            if self._hashes[block] is None:
+            if block in self._distrusted:
+                self._unpublish(block)
+                self._free.insert(0, block)
+            elif self._hashes[block] is None:
                 self._free.append(block)
             else:
                 self._cached[block] = None
@@ -90,16 +94,21 @@ class BlockPool:
         self._hashes[block] = block_hash
         return True
 
-    def unpublish(self, block: int) -> None:
-        """Let a block be found no more: what it held is lost."""
+    def distrust(self, block: int) -> None:
+        """Let a block be found no more, whose content is lost, and take it from now on only when no
+        other is free: its place may be bad. Linear in the number of blocks."""
+        self._distrusted.add(block)
+        self._unpublish(block)
+        if self._ref_counts[block] == 0:
+            if self._cached.pop(block, 0) == 0:
+                self._free.remove(block)
+            self._free.insert(0, block)
+
+    def _unpublish(self, block: int) -> None:
         block_hash = self._hashes[block]
-        if block_hash is None:
-            return
-        del self._published[block_hash]
-        self._hashes[block] = None
-        if block in self._cached:
-            del self._cached[block]
-            self._free.append(block)
+        if block_hash is not None:
+            del self._published[block_hash]
+            self._hashes[block] = None
 
     def check(self) -> None:
         """Assert every invariant; linear in the number of blocks."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
 
@@ -159,10 +159,11 @@ class CacheManager:
         holding.num_published = num_full
         request.num_offered_blocks = max(request.num_offered_blocks, num_full)
 
-    def forget(self, group: int, blocks: Sequence[int]) -> None:
-        """Let nobody find blocks whose KV is lost. Requests that hold them are the caller's."""
+    def forget(self, group: int, blocks: Iterable[int]) -> None:
+        """Let nobody find blocks whose KV is lost, and take them for other KV only when there are
+        no others. Requests that hold them are the caller's."""
         for block in blocks:
-            self.pools[group].unpublish(block)
+            self.pools[group].distrust(block)
 
     def trim(self, request: Request) -> None:
         """Release the blocks that have left the windows: the next query of the request, at

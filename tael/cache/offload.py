@@ -77,7 +77,7 @@ class Offload:
                     return Readiness.PENDING
                 else:
                     misses.append((i, g))
-        num_bytes = sum(self._groups[g].block_bytes for _, g in misses)
+        num_bytes = sum(self._groups[g].payload_bytes for _, g in misses)
         num_tokens = (num_blocks - num_hits) * self._block_size
         if not self._tier.load_pays(num_bytes, num_tokens):
             return Readiness.READY

@@ -15,7 +15,7 @@ from tael.cache.manager import CacheManager
 from tael.config import BLOCK_SIZE, EngineConfig
 from tael.engine.grammar import TokenMask
 from tael.engine.output import OutputProcessor, Piece
-from tael.engine.runner import StepResult, run_step
+from tael.engine.runner import run_step
 from tael.engine.sampler import Sampler
 from tael.engine.scheduler import Schedule, Scheduler
 from tael.errors import LostBlocksError, TaelError
@@ -200,22 +200,21 @@ class Engine:
     def step(self) -> list[OutputDelta]:
         """Compute one step of the unfinished requests.
 
-        An exception in the sampling or the text of one request ends that request with the reason
-        ERROR, and a disk that has lost KV ends all requests of the step; any other is raised. If
-        all requests wait for blocks from disk, so does the step, for a moment.
+        An exception in the sampling or the text of one request, or KV of it that the disk has lost,
+        ends that request with the reason ERROR; any other is raised. If all requests wait for
+        blocks from disk, so does the step, for a moment.
         """
+        self._take_lost_blocks()  # nobody is to find what the disk has lost since the last step
         schedule = self.scheduler.schedule()
         if self.tier and not schedule.scheduled:
             self.tier.wait(TIER_WAIT_S)
             return []
         start = time.monotonic()
-        try:
-            result = run_step(schedule, self.manager, self.backend, self.config, self._sample)
-        except LostBlocksError as error:
-            assert self.kv_store.tiered is not None
-            self.manager.forget(0, self.kv_store.tiered.take_lost())
-            keys = [entry.request.request_id for entry in schedule.scheduled]
-            result = StepResult(errors=dict.fromkeys(keys, error))
+        result = run_step(schedule, self.manager, self.backend, self.config, self._sample)
+        lost, reason = self._take_lost_blocks()
+        for entry in schedule.scheduled if lost else ():
+            if not lost.isdisjoint(self.manager.block_tables(entry.request)[0]):
+                result.fail(entry.request.request_id, LostBlocksError(reason))
         _share(time.monotonic() - start, schedule)
         deltas = [self._fail(self._completions[key], e) for key, e in result.errors.items()]
         pieces: dict[str, Piece] = {}
@@ -272,6 +271,16 @@ class Engine:
             f"weights {format_bytes(self.backend.weights_bytes)}, "
             f"budget {format_bytes(self.memory_bytes)}"
         )
+
+    def _take_lost_blocks(self) -> tuple[set[int], str]:
+        """What the disk has lost since the last call, and why. Nobody finds it any more."""
+        if self.kv_store.tiered is None:
+            return set(), ""
+        lost, reason = self.kv_store.tiered.take_lost()
+        if lost:
+            logger.error("%s", reason)
+            self.manager.forget(0, lost)
+        return lost, reason
 
     def _check_token_ids(self, where: str, token_ids: Collection[int]) -> None:
         if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self.spec.vocab_size:

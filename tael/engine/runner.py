@@ -26,6 +26,12 @@ class StepResult:
     errors: dict[str, Exception] = field(default_factory=dict)
     """Why a request has no token."""
 
+    def fail(self, request_id: str, error: Exception) -> None:
+        """Nothing of the step holds for a request."""
+        for results in (self.token_ids, self.logprobs, self.prompt_logprobs):
+            results.pop(request_id, None)
+        self.errors[request_id] = error
+
 
 Sample = Callable[[str, HeadOutput, int, Sequence[int]], tuple[int, TokenLogprobs | None]]
 

@@ -190,9 +190,9 @@ def plan_tiered_pools(
         (kv_bytes - open_bytes) // 2 // full.memory_block_bytes,
         scheduler.max_num_seqs * full.num_blocks(max_model_len, chunk, block_size),
     )
-    shortest = chunk + block_size
+    shortest = min(max_model_len, chunk + block_size)
     if num_blocks * block_size < shortest:
-        least = format_bytes(shortest // block_size * full.disk_block_bytes)
+        least = format_bytes(-(-shortest // block_size) * full.disk_block_bytes)
         raise TaelError(
             f"a context of {shortest} tokens takes {least} on disk, and memory besides that this "
             "budget does not leave; raise --kv-disk or --memory."

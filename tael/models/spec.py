@@ -15,6 +15,8 @@ TIERED_HEAD_BYTES = 8
 """For where a KV head of a tiered block is, and what its bytes must be."""
 TIERED_SLOT_BYTES = 16
 """For what is in a slot."""
+TIERED_BLOCK_BYTES = 300
+"""For the Python objects of a block: there are many more of them than memory alone could hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +213,15 @@ class CacheGroup:
     """...the most bytes that one takes of a complete block, and..."""
     head_summary_bytes: int = 0
     """...besides those the most that its summary takes."""
+    is_tiered: bool = False
+    """Complete blocks are in a file, and in memory as far as there is room."""
+
+    @property
+    def payload_bytes(self) -> int:
+        """Of all that is kept of a complete block, as it is copied."""
+        if self.is_tiered:
+            return self.num_heads * (self.slot_bytes + self.head_summary_bytes)
+        return self.block_bytes
 
     @property
     def slot_bytes(self) -> int:
@@ -225,7 +236,7 @@ class CacheGroup:
     @property
     def memory_block_bytes(self) -> int:
         """...of every tiered block in memory, whether its KV is there or not."""
-        return self.num_heads * (self.head_summary_bytes + TIERED_HEAD_BYTES)
+        return TIERED_BLOCK_BYTES + self.num_heads * (self.head_summary_bytes + TIERED_HEAD_BYTES)
 
     def first_block(self, position: int, block_size: int) -> int:
         """The first entry of a block table that a query at ``position`` looks at."""
@@ -284,4 +295,5 @@ def _cache_group(
         num_heads=sum(cache.num_kv_heads for cache in caches),
         head_bytes=max(a - b for a, b in zip(all_bytes, summary_bytes, strict=True)),
         head_summary_bytes=max(summary_bytes),
+        is_tiered=tiered and window is None,
     )

@@ -195,12 +195,14 @@ class EngineLoop:
 
     def _tiers(self) -> tuple[TierUsage, ...]:
         manager, disk = self._engine.manager, self._engine.tier
-        memory = TierUsage(
-            "memory", manager.pool_bytes, manager.referenced_bytes, manager.cached_bytes
-        )
-        if disk is None:
-            return (memory,)
-        return (memory, TierUsage("disk", disk.index.capacity_bytes, 0, disk.used_bytes))
+        store = self._engine.kv_store
+        used = (manager.pool_bytes, manager.referenced_bytes, manager.cached_bytes)
+        tiers = [TierUsage("memory" if store.tiered is None else "live disk", *used)]
+        if store.tiered is not None:  # what was read last of those on disk: always full, soon
+            tiers.insert(0, TierUsage("memory", store.num_bytes, store.num_bytes, 0))
+        if disk is not None:
+            tiers.append(TierUsage("disk", disk.index.capacity_bytes, 0, disk.used_bytes))
+        return tuple(tiers)
 
 
 def main(socket_path: str) -> None:

@@ -15,7 +15,7 @@ from tael.backends.cpu.tiered_blocks import CPUTieredBlocks
 from tael.engine.engine import Engine, OutputDelta
 from tael.llm import gathered
 from tael.loader.prepared import PreparedModel, load_prepared
-from tael.request import FinishReason
+from tael.request import FinishReason, Request
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +78,31 @@ def test_lost_kv(damage: Callable[[int], None], engine: Engine) -> None:
     assert num_errors > 0
     assert engine.kv_store.tiered is not None
     assert engine.kv_store.tiered.counters["num_errors"] > 0
+
+
+def test_a_loss_concerns_those_who_hold_it(engine: Engine) -> None:
+    """Of two requests in a step, one reads what was lost; a third finds nothing of it."""
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(0, 40, 200).tolist() for _ in range(30)]
+    expected = run(engine, prompts)
+    first = engine.manager.pools[0].lookup(engine.manager._chain(_request(prompts[0]), 1)[1])
+    assert first is not None
+    fd = file_of(engine)
+    group = engine.manager.groups[0]
+    os.pwrite(fd, bytes(group.disk_block_bytes), first * group.disk_block_bytes)
+    os.fsync(fd)
+    os.close(fd)
+    engine.add_request("lost", prompts[0], PARAMS)
+    engine.add_request("whole", prompts[1], PARAMS)
+    deltas: dict[str, list[OutputDelta]] = {"lost": [], "whole": []}
+    while engine.has_unfinished():
+        for delta in engine.step():
+            deltas[delta.request_id].append(delta)
+    engine.manager.check()
+    assert gathered(prompts[0], deltas["lost"]).outputs[0].finish_reason is FinishReason.ERROR
+    assert_same([gathered(prompts[1], deltas["whole"])], expected[1:2])
+    assert_same(run(engine, prompts[:1]), expected[:1])
+
+
+def _request(prompt: list[int]) -> Request:
+    return Request("y", prompt, PARAMS, eos_token_ids=frozenset())

@@ -79,17 +79,25 @@ def test_the_first_block_published_under_a_hash_stays() -> None:
     assert counts(pool) == (1, 0, 1), "the duplicate is free at once"
 
 
-def test_what_is_lost_is_found_no_more() -> None:
-    pool = BlockPool(3)
+def test_what_is_lost_is_found_no_more_and_taken_last() -> None:
+    pool = BlockPool(5)
     [idle] = cached(pool, b"idle")
-    held = pool.take()
+    held, private = pool.take(), pool.take()
     pool.publish(held, b"held")
-    for block in (idle, held, pool.take()):
-        pool.unpublish(block)
+    free = pool._free[-1]
+    for block in (idle, held, private, free):
+        pool.distrust(block)
     assert pool.lookup(b"idle") is None and pool.lookup(b"held") is None
-    assert counts(pool) == (1, 0, 2), "what nobody holds is free"
+    assert counts(pool) == (3, 0, 2), "what nobody holds is free"
     pool.deref(held)
-    assert counts(pool) == (2, 0, 1)
+    pool.deref(private)
+    assert pool.take() not in (idle, held, private, free)
+    last = pool.take()
+    assert last in (idle, held, private, free), "there are no others"
+    pool.publish(last, b"again")
+    assert pool.lookup(b"again") == last
+    pool.deref(last)
+    assert counts(pool) == (4, 0, 1) and pool.lookup(b"again") is None, "it is not kept"
 
 
 def test_check_notices_a_lost_block() -> None:

@@ -212,7 +212,7 @@ TIERED = CacheGroup(
     head_bytes=400,
     head_summary_bytes=100,
 )
-"""In memory 216 bytes a block and 528 a slot, on disk 1,024 a block; 18 open blocks."""
+"""In memory 516 bytes a block and 528 a slot, on disk 1,024 a block; 18 open blocks."""
 
 
 def test_a_tiered_plan_by_hand() -> None:
@@ -221,13 +221,18 @@ def test_a_tiered_plan_by_hand() -> None:
         return plan_tiered_pools(groups, kv_bytes, disk_bytes, 32, 1024, SCHEDULER)
 
     # The disk decides, then the memory, then what eight requests can use.
-    assert plan(136_000, 40 * 1024 + 1) == PoolPlan((40,), 1024, 36_000 + 40 * 216 + 80 * 528, 80)
-    assert plan(46_000, 40 * 1024) == PoolPlan((23,), 23 * 32, 36_000 + 23 * 216 + 9 * 528, 9)
+    assert plan(136_000, 40 * 1024 + 1) == PoolPlan((40,), 1024, 36_000 + 40 * 516 + 80 * 528, 80)
+    assert plan(46_000, 40 * 1024) == PoolPlan((9,), 288, 36_000 + 9 * 516 + 10 * 528, 10)
     assert plan(10**9, 10**9).num_blocks == (256,)
     # A window gets what a request of the length needs, and half of the rest at most.
     assert plan(136_000, 40 * 1024, WINDOW) == PoolPlan(
-        (40, 9), 1024, 36_000 + 40 * 216 + 45_000 + 80 * 528, 80
+        (40, 7), 1024, 36_000 + 40 * 516 + 35_000 + 80 * 528, 80
     )
+
+
+def test_a_tiered_context_shorter_than_a_step() -> None:
+    plan = plan_tiered_pools((TIERED,), 136_000, 40 * 1024, 32, 64, SchedulerConfig(1, 512))
+    assert (plan.num_blocks, plan.max_model_len, plan.num_slots) == ((2,), 64, 4)
 
 
 def test_a_tiered_plan_that_cannot_be() -> None:

@@ -14,7 +14,7 @@ from tael import _native
 from tael.backends.base import NUM_CANDIDATES, ForwardBatch, HeadOutput, TieredBlocks
 from tael.backends.cpu.tiered_blocks import CPUTieredBlocks
 from tael.config import BLOCK_SIZE, MIN_BUDGET_BLOCKS, SchedulerConfig
-from tael.errors import LostBlocksError, TaelError
+from tael.errors import TaelError
 from tael.loader.tile_file import TileFile
 from tael.models.spec import Attention, CacheGroup, LayerSpec, ModelSpec, Rope, cache_groups
 
@@ -104,20 +104,17 @@ class CPUBackend:
             raise TaelError(
                 "the threads of a model do not follow a fork; load the model in the new process."
             )
-        try:
-            output = self._native.forward(
-                batch.token_ids,
-                batch.positions,
-                batch.query_start,
-                list(batch.block_tables),
-                list(batch.open_tables),
-                batch.logits_indices,
-                batch.temperatures,
-                batch.full_logits,
-                batch.kv_budgets,
-            )
-        except _native.LostBlocks as error:
-            raise LostBlocksError(str(error)) from None
+        output = self._native.forward(
+            batch.token_ids,
+            batch.positions,
+            batch.query_start,
+            list(batch.block_tables),
+            list(batch.open_tables),
+            batch.logits_indices,
+            batch.temperatures,
+            batch.full_logits,
+            batch.kv_budgets,
+        )
         return HeadOutput(*output, draw=self._native.draw)
 
     def _add_layer(self, prefix: str, layer: LayerSpec, place: dict[str, int]) -> None:

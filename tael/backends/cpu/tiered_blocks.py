@@ -41,11 +41,10 @@ class CPUTieredBlocks:
         if num_slots < least:
             raise TaelError(
                 f"the memory budget leaves room for {num_slots} pieces of KV blocks and "
-                f"{num_threads} threads need {least}; raise --memory by at least "
-                f"{(least - num_slots) * group.slot_bytes} bytes."
+                f"{num_threads} threads need {least} of {group.slot_bytes} bytes; raise --memory."
             )
-        self.payload_bytes = group.num_heads * (group.slot_bytes + group.head_summary_bytes)
-        self.file_bytes = num_blocks * group.num_heads * group.slot_bytes
+        self.payload_bytes = group.payload_bytes
+        self.file_bytes = num_blocks * group.disk_block_bytes
         self._fd = _nameless_file(folder, self.file_bytes)
         # Also when what follows fails.
         weakref.finalize(self, os.close, self._fd)
@@ -74,8 +73,9 @@ class CPUTieredBlocks:
         self.native.write_block(block, payload[: len(payload) - summary_bytes])
         self.summaries[block] = payload[len(payload) - summary_bytes :]
 
-    def take_lost(self) -> list[int]:
-        return sorted(set(self.native.take_lost()))
+    def take_lost(self) -> tuple[set[int], str]:
+        blocks, reason = self.native.take_lost()
+        return set(blocks), reason
 
 
 def _nameless_file(folder: Path, num_bytes: int) -> int:

@@ -406,7 +406,7 @@ class DiskTier:
 
 def overhead_bytes(capacity_bytes: int, groups: Sequence[CacheGroup]) -> int:
     """Memory that a tier takes in this process."""
-    sizes = [file_bytes(group.block_bytes) for group in groups]
+    sizes = [file_bytes(group.payload_bytes) for group in groups]
     return max(sizes) + ENTRY_BYTES * (capacity_bytes // min(sizes))
 
 
