@@ -34,9 +34,7 @@ def main() -> None:
         save_byte_llama(model, head_dim=16)
         result = kill_often(model, Path(folder) / "kv", args.kills)
     report = {
-        "machine": machine.machine(),
-        "date": machine.today(),
-        "versions": machine.versions(),
+        **machine.stamp(),
         **result,
     }
     args.output.write_text(json.dumps(report, indent=2) + "\n")

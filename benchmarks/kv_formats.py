@@ -67,12 +67,7 @@ def main() -> None:
     parser.add_argument("--scored", type=int, default=512)
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
-    report: dict[str, Any] = {
-        "machine": machine.machine(),
-        "date": machine.today(),
-        "versions": machine.versions(),
-        "results": [],
-    }
+    report: dict[str, Any] = {**machine.stamp(), "results": []}
     for model in args.models.split(","):
         report["results"].append(measure(model, args.tokens, args.scored))
         print(json.dumps(report["results"][-1]), flush=True)

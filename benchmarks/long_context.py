@@ -68,13 +68,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     depths = [int(depth) for depth in args.depths.split(",")]
-    report: dict[str, Any] = {
-        "model": args.model,
-        "machine": machine.machine(),
-        "date": machine.today(),
-        "versions": machine.versions(),
-        "modes": {},
-    }
+    report: dict[str, Any] = {"model": args.model, **machine.stamp(), "modes": {}}
     for mode in args.modes.split(","):
         report["modes"][mode] = measure_mode(args.model, MODES[mode], depths, args.rounds)
         print(mode, json.dumps(report["modes"][mode]), flush=True)

@@ -37,6 +37,11 @@ def versions() -> dict[str, str]:
     return {"tael": f"{__version__} {_commit()}", "python": platform.python_version()}
 
 
+def stamp() -> dict[str, Any]:
+    """What a result file of Tael alone begins with."""
+    return {"machine": machine(), "date": today(), "versions": versions()}
+
+
 def today() -> str:
     return datetime.now(timezone.utc).strftime("%Y-%m-%d")
 

@@ -152,9 +152,7 @@ def main() -> None:
         serve(**args.child)
         return
     report = {
-        "machine": machine.machine(),
-        "date": machine.today(),
-        "versions": machine.versions(),
+        **machine.stamp(),
         **measure(resolve(args.model), args.tokens, args.memory, args.turns),
     }
     args.output.write_text(json.dumps(report, indent=2) + "\n")

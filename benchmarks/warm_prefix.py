@@ -170,9 +170,7 @@ def main() -> None:
         print(json.dumps(runs[args.child]()))
         return
     report = {
-        "machine": machine.machine(),
-        "date": machine.today(),
-        "versions": machine.versions(),
+        **machine.stamp(),
         **measure(model, args.tokens, args.rounds),
     }
     args.output.write_text(json.dumps(report, indent=2) + "\n")

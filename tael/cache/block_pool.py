@@ -18,8 +18,8 @@ class BlockPool:
         self.num_blocks = num_blocks
         # A stack: what was used last is taken first, so untouched memory stays untouched.
         self._free = list(reversed(range(num_blocks)))
-        self._distrusted: set[int] = set()
         self._cached: dict[int, None] = {}  # insertion order is the order of last use
+        self._distrusted: set[int] = set()
         self._ref_counts = [0] * num_blocks
         self._hashes: list[bytes | None] = [None] * num_blocks
         self._published: dict[bytes, int] = {}
@@ -100,7 +100,9 @@ class BlockPool:
         self._distrusted.add(block)
         self._unpublish(block)
         if self._ref_counts[block] == 0:
-            if self._cached.pop(block, 0) == 0:
+            if block in self._cached:
+                del self._cached[block]
+            else:
                 self._free.remove(block)
             self._free.insert(0, block)
 

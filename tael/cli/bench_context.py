@@ -15,9 +15,6 @@ from tael.cli.common import F, TransferBar, byte_size
 if TYPE_CHECKING:
     from tael.evals.context.suite import Cell
 
-COUNT = click.IntRange(min=1)
-COUNT.name = "N"
-
 
 def _lengths(text: str) -> tuple[int, ...]:
     """Of a list such as 1K,4K,32768."""
@@ -31,15 +28,46 @@ def _lengths(text: str) -> tuple[int, ...]:
     return tuple(sorted(lengths))
 
 
-def lengths_option(default: str) -> Callable[[F], F]:
-    return click.option(
-        "--lengths",
-        default=default,
-        type=_lengths,
-        metavar="N,...",
-        show_default=True,
-        help="Contexts, in tokens.",
+def sample_options(
+    *, lengths: str, tasks: str, num_samples: int, num_questions: int
+) -> Callable[[F], F]:
+    """What is asked, and how often, with these defaults."""
+    options = (
+        click.option(
+            "--lengths",
+            default=lengths,
+            type=_lengths,
+            metavar="N,...",
+            show_default=True,
+            help="Contexts, in tokens.",
+        ),
+        click.option("--tasks", metavar="NAME,...", help=f"Only these.  [default: {tasks}]"),
+        click.option(
+            "--samples",
+            default=num_samples,
+            type=click.IntRange(min=1),
+            metavar="N",
+            show_default=True,
+            help="Haystacks a task and length.",
+        ),
+        click.option(
+            "--questions",
+            default=num_questions,
+            type=click.IntRange(1, 24),
+            metavar="N",
+            show_default=True,
+            help="About each haystack, at most; tasks of several facts a question ask fewer.",
+        ),
+        click.option("--seed", default=0, metavar="N", show_default=True, help="Of all samples."),
+        click.option("--threads", type=int, metavar="N", help="Threads to compute with."),
     )
+
+    def decorate(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
 
 
 @click.command("context")
@@ -51,19 +79,7 @@ def lengths_option(default: str) -> Callable[[F], F]:
     metavar="NAME=SETTING:VALUE,...",
     help="Compare with the exact model; may be given several times.",
 )
-@lengths_option(default="1K,2K,4K,8K")
-@click.option("--tasks", metavar="NAME,...", help="Only these.  [default: all]")
-@click.option(
-    "--samples", default=8, type=COUNT, show_default=True, help="Haystacks a task and length."
-)
-@click.option(
-    "--questions",
-    default=8,
-    type=click.IntRange(1, 24),
-    metavar="N",
-    show_default=True,
-    help="About each haystack, at most; tasks of several facts a question ask fewer.",
-)
+@sample_options(lengths="1K,2K,4K,8K", tasks="all", num_samples=8, num_questions=8)
 @click.option(
     "--texts",
     default=4,
@@ -72,7 +88,6 @@ def lengths_option(default: str) -> Callable[[F], F]:
     show_default=True,
     help="Texts a length for the divergence of distributions; 0: none.",
 )
-@click.option("--seed", default=0, metavar="N", show_default=True, help="Of all samples.")
 @click.option(
     "--slo-first", default=60.0, metavar="S", show_default=True, help="Seconds to the first token."
 )
@@ -89,7 +104,6 @@ def lengths_option(default: str) -> Callable[[F], F]:
 @click.option(
     "--rope-scaling", metavar="KIND[:FACTOR]", help="For lengths beyond the trained one: yarn."
 )
-@click.option("--threads", type=int, metavar="N", help="Threads to compute with.")
 @click.option(
     "--json",
     "json_path",

@@ -6,27 +6,13 @@ from pathlib import Path
 
 import click
 
-from tael.cli.bench_context import COUNT, lengths_option, show_cell
+from tael.cli.bench_context import sample_options, show_cell
 from tael.cli.common import TransferBar
 
 
 @click.command("calibrate")
 @click.argument("model")
-@lengths_option(default="2K,8K")
-@click.option("--tasks", metavar="NAME,...", help="Only these.  [default: those of retrieval]")
-@click.option(
-    "--samples", default=4, type=COUNT, show_default=True, help="Haystacks a task and length."
-)
-@click.option(
-    "--questions",
-    default=12,
-    type=click.IntRange(1, 24),
-    metavar="N",
-    show_default=True,
-    help="About each haystack, at most.",
-)
-@click.option("--seed", default=0, metavar="N", show_default=True, help="Of all samples.")
-@click.option("--threads", type=int, metavar="N", help="Threads to compute with.")
+@sample_options(lengths="2K,8K", tasks="those of retrieval", num_samples=4, num_questions=12)
 def command(
     model: str,
     lengths: tuple[int, ...],

@@ -1,4 +1,5 @@
-"""Random lives of many requests, checked against a simulated KV store; no model is needed.
+"""Random lives of many requests, checked against a simulated KV store; no model is needed. One
+state machine with all its rules: one file.
 
 The store remembers, for every slot of every block, which token at the end of which prefix was
 last written there. Before a step, every position that its queries look at and that is said to

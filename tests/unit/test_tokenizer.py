@@ -1,3 +1,5 @@
+"""Tokenizers of every file format, on made-up vocabularies that all tests share: one file."""
+
 from __future__ import annotations
 
 import json
