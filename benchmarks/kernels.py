@@ -42,6 +42,9 @@ CACHES_BYTES = 64 << 20
 PAUSE_S = 0.05
 """After which llama.cpp's threads have stopped to spin."""
 
+PASSES_S = 0.05
+"""How long a side warms up, and then runs: passes of 3 ms vary by half, their threads are new."""
+
 
 def matrices(name: str, raw: NDArray[np.uint8], columns: int, count: int) -> list[_native.Matrix]:
     """Copies of one matrix, each in memory of its own."""
@@ -69,15 +72,15 @@ def measure_cell(
     own = matrices(name, raw, x.shape[1], count)
     peers = ggml.products(name, raw, x, count, num_threads)
     seconds: list[tuple[float, float]] = []
-    best = min(peers, key=lambda products: products.run())
+    best = min(peers, key=lambda products: products.run(PASSES_S))
     for i in range(num_rounds):
         pair = {}
         for side in ("tael", "llama.cpp") if i % 2 else ("llama.cpp", "tael"):
             time.sleep(PAUSE_S)
             if side == "tael":
-                pair[side] = _native.time_matmul(own, x, chosen_isa(), num_threads)
+                pair[side] = _native.time_matmul(own, x, chosen_isa(), num_threads, PASSES_S)
             else:
-                pair[side] = best.run()
+                pair[side] = best.run(PASSES_S)
         seconds.append((pair["tael"], pair["llama.cpp"]))
     for products in peers:
         products.close()

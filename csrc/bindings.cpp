@@ -92,9 +92,10 @@ FloatArray2D matmul_rows(const MatrixHandle& w, Floats2D x, const std::string& i
 }
 
 // Seconds that x W^T takes for several matrices of one shape, one after the other, the rounding of
-// x to int8 for each included. They are run once before that.
+// x to int8 for each included: the mean over passes that take `min_seconds`, after as long a warm-up. In
+// the first milliseconds new threads still share a core.
 double time_matmul(const std::vector<const MatrixHandle*>& matrices, Floats2D x, const std::string& isa,
-                   int num_threads) {
+                   int num_threads, double min_seconds) {
   const Kernels& kernels = kernels_for(isa);
   const Matrix& shape = matrices.at(0)->matrix;
   const int64_t tokens = int64_t(x.shape(0)), columns = shape.columns, stride = shape.padded_rows();
@@ -107,20 +108,24 @@ double time_matmul(const std::vector<const MatrixHandle*>& matrices, Floats2D x,
   for (int64_t t = 0; t < tokens; ++t) std::copy_n(x.data() + t * columns, columns, rows.row(t));
   const Buffer<float> out(tokens * stride);
   ThreadPool pool(num_threads);
-  const auto run = [&] {
-    pool.run([&](int thread) {
-      for (const MatrixHandle* w : matrices) {
-        pool.parallel_for(thread, tokens, [&](int64_t t) {
-          kernels.quantize(rows.row(t), 0, input.quantized.num_groups, input.quantized, t);
-        });
-        linear(pool, thread, kernels, input, {{&w->matrix, out.data(), stride}});
-      }
-    });
+  const auto seconds_of_a_pass = [&] {
+    double seconds = 0;
+    int64_t passes = 0;
+    for (const auto start = std::chrono::steady_clock::now(); seconds < min_seconds; ++passes) {
+      pool.run([&](int thread) {
+        for (const MatrixHandle* w : matrices) {
+          pool.parallel_for(thread, tokens, [&](int64_t t) {
+            kernels.quantize(rows.row(t), 0, input.quantized.num_groups, input.quantized, t);
+          });
+          linear(pool, thread, kernels, input, {{&w->matrix, out.data(), stride}});
+        }
+      });
+      seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    }
+    return seconds / double(passes);
   };
-  run();
-  const auto start = std::chrono::steady_clock::now();
-  run();
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  seconds_of_a_pass();
+  return seconds_of_a_pass();
 }
 
 // Model plus the Python objects whose memory it reads.
@@ -285,7 +290,7 @@ NB_MODULE(_native, m) {
     return out;
   }, "matrix"_a, "row"_a);
   m.def("matmul", &matmul_rows, "matrix"_a, "x"_a, "isa"_a, "num_threads"_a);
-  m.def("time_matmul", &time_matmul, "matrices"_a, "x"_a, "isa"_a, "num_threads"_a);
+  m.def("time_matmul", &time_matmul, "matrices"_a, "x"_a, "isa"_a, "num_threads"_a, "min_seconds"_a);
   m.def("read_bytes_per_s", &read_bytes_per_s, "num_threads"_a, "num_bytes"_a,
         nb::call_guard<nb::gil_scoped_release>());
   m.def("int8_ops_per_s", &int8_ops_per_s, "num_threads"_a, nb::call_guard<nb::gil_scoped_release>());

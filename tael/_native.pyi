@@ -28,9 +28,14 @@ def matmul(
     """[num_tokens, columns] times the transposed matrix: [num_tokens, rows]"""
 
 def time_matmul(
-    matrices: Sequence[Matrix], x: NDArray[np.float32], isa: str, num_threads: int
+    matrices: Sequence[Matrix],
+    x: NDArray[np.float32],
+    isa: str,
+    num_threads: int,
+    min_seconds: float,
 ) -> float:
-    """Seconds that the products of x with matrices of one shape take, one after the other."""
+    """Seconds that the products of x with matrices of one shape take, one after the other: the mean
+    over passes that take min_seconds, after as long a warm-up."""
 
 def read_bytes_per_s(num_threads: int, num_bytes: int) -> float: ...
 def int8_ops_per_s(num_threads: int) -> float | None: ...

@@ -87,12 +87,20 @@ class Products:
         for weight in self._weights:
             self._base.ggml_backend_tensor_set(weight, raw.ctypes.data, 0, raw.nbytes)
 
-    def run(self) -> float:
-        """Seconds of one pass, after another that warms up."""
-        self._compute()
+    def run(self, min_seconds: float) -> float:
+        """Seconds of a pass: the mean over passes that take ``min_seconds``, after as long a
+        warm-up."""
+        self._seconds_of_a_pass(min_seconds)
+        return self._seconds_of_a_pass(min_seconds)
+
+    def _seconds_of_a_pass(self, min_seconds: float) -> float:
+        seconds, passes = 0.0, 0
         start = time.perf_counter()
-        self._compute()
-        return time.perf_counter() - start
+        while seconds < min_seconds:
+            self._compute()
+            passes += 1
+            seconds = time.perf_counter() - start
+        return seconds / passes
 
     def close(self) -> None:
         self._base.ggml_backend_free(self._backend)
