@@ -30,6 +30,7 @@ from benchmarks import machine
 from benchmarks.chats import Sample
 from benchmarks.peers import llama_cpp
 from benchmarks.serving import Serving, free_port, wait_until_answered
+from tael.errors import TaelError
 from tael.loader.sources import resolve
 
 RESULTS = Path(__file__).with_name("results") / "server-load.json"
@@ -52,12 +53,14 @@ def measure(
     """What so many users saw from the end of the warm-up on."""
     with tempfile.NamedTemporaryFile(suffix=".jsonl") as file:
         command = [sys.executable, "-m", "locust", "-f", str(ROOT / "benchmarks/chat_users.py")]
-        command += ["--headless", "--host", url, "--users", str(num_users), "--only-summary"]
+        command += ["--headless", "--host", url, "--users", str(num_users)]
         command += ["--spawn-rate", str(num_users), "--run-time", f"{warm_up_s + duration_s:.0f}s"]
         command += ["--samples", file.name, "--exit-code-on-error", "0", "--loglevel", "ERROR"]
         command += [] if rate is None else ["--rate", str(rate)]
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL)
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        if done.returncode:
+            raise TaelError(f"locust failed: {done.stderr[-500:]}")
         lines = Path(file.name).read_bytes().splitlines()
     samples = [msgspec.json.decode(line, type=Sample) for line in lines]
     return summary([s for s in samples if s.end_s >= warm_up_s], num_users, duration_s, rate)
