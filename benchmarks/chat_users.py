@@ -73,6 +73,12 @@ class ChatUser(FastHttpUser):
         body = msgspec.json.encode(chat(f"{self._number}/{next(self._seeds)}"))
         headers = {"content-type": "application/json"}
         sample = Sample(time.perf_counter() - Run.begin_s)
+        try:
+            self._ask(body, headers, sample)
+        finally:  # also if the run ends
+            Run.samples.write(msgspec.json.encode(sample) + b"\n")
+
+    def _ask(self, body: bytes, headers: dict[str, str], sample: Sample) -> None:
         with self.client.post(
             CHAT, data=body, headers=headers, stream=True, catch_response=True
         ) as response:
@@ -89,15 +95,13 @@ class ChatUser(FastHttpUser):
                 response.success()
             else:
                 response.failure(sample.error or f"status {sample.status}")
-        Run.samples.write(msgspec.json.encode(sample) + b"\n")
 
     def _follow(self, lines: Any, sample: Sample) -> None:
         """Read the events of an answer."""
-        last_s = None
         while line := lines.readline(b"\n"):
             if line.startswith(b"data: [DONE]"):
                 lines.read()
-                if last_s is None:
+                if not sample.pieces_s:
                     sample.error = "an answer without a token"
                 return
             if not line.startswith(b"data: "):
@@ -107,13 +111,7 @@ class ChatUser(FastHttpUser):
                 sample.error = event["error"]["message"]
                 return
             if event.get("usage"):
-                sample.num_prompt_tokens = event["usage"]["prompt_tokens"]
                 sample.num_output_tokens = event["usage"]["completion_tokens"]
             if event["choices"] and event["choices"][0]["delta"].get("content"):
-                now_s = time.perf_counter() - Run.begin_s
-                if last_s is None:
-                    sample.first_token_s = now_s - sample.start_s
-                else:
-                    sample.gaps_s.append(now_s - last_s)
-                last_s = now_s
+                sample.pieces_s.append(time.perf_counter() - Run.begin_s)
         sample.error = "a stream that just ended"

@@ -39,17 +39,17 @@ OUTPUT_TOKENS = (64, 256)
 
 
 class Sample(msgspec.Struct):
-    """What a user saw of a request; times are those since the start of the run."""
+    """What a user saw of a request; times are in seconds since the start of the run."""
 
     start_s: float
     status: int = 0
     retry_after: str | None = None
-    first_token_s: float | None = None
-    gaps_s: list[float] = []
-    """Between two pieces of the answer."""
-    end_s: float = 0.0
-    num_prompt_tokens: int = 0
+    pieces_s: list[float] = []
+    """When each piece of the answer came."""
+    end_s: float | None = None
+    """None if the run ended first."""
     num_output_tokens: int = 0
+    """As the server said at the end."""
     error: str | None = None
 
 

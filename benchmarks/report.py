@@ -143,7 +143,7 @@ def load_table(report: dict[str, Any]) -> str:
     times = [f"{name}, p50 / p99" for name in LATENCIES.values()]
     head = ("users", "answers", "errors", "tokens/s", *times, "refused", "refusal p99")
     lines = [_row(*head), _row(*["---"] * len(head))]
-    for name in ("alone", "streams", "overload"):
+    for name in ("alone", "streams", "overload", "overload_few"):
         result = report[name]
         lines.append(
             _row(
