@@ -84,6 +84,7 @@ class Killer:
         self._is_over = False
         self.lives: list[Life] = []
         self.engine_pids: set[int] = set()
+        self._killed_pid: int | None = None
         self.recovery_s: dict[str, list[float]] = {"engine": [], "server": []}
 
     async def run(self, num_kills: int) -> None:
@@ -91,11 +92,15 @@ class Killer:
         self._rng.shuffle(targets)
         await self._start()
         clients = [asyncio.create_task(self._client(i)) for i in range(NUM_CLIENTS)]
+        while not any(answer.is_whole for answer in self.lives[0].answers):
+            await asyncio.sleep(0.01)
         for target, following in zip(targets, [*targets[1:], None], strict=True):
             await asyncio.sleep(self._rng.random() * LONGEST_LIFE_S)
             begin_s = time.perf_counter()
             await (self._kill_engine() if target == "engine" else self._kill_server())
             if target != following or self._rng.random() < 0.6:  # or it is killed as it starts
+                while self._serving.engine_pid in (None, self._killed_pid):
+                    await asyncio.sleep(0.005)
                 await asyncio.to_thread(self._serving.wait_until_ready)
                 self.recovery_s[target].append(time.perf_counter() - begin_s)
         self._is_over = True
@@ -107,17 +112,24 @@ class Killer:
         await asyncio.to_thread(self._serving.wait_until_ready)
 
     async def _kill_engine(self) -> None:
-        while (pid := self._serving.engine_pid) is None:
+        while (pid := self._serving.engine_pid) in (None, self._killed_pid):
             await asyncio.sleep(0.001)
-        self.engine_pids.add(pid)
+        assert pid is not None
+        self._note(pid)
         os.kill(pid, signal.SIGKILL)
 
     async def _kill_server(self) -> None:
-        self.engine_pids.add(self._serving.engine_pid or 0)
+        self._note(self._serving.engine_pid)
         self.lives[-1].is_killed = True
         self._serving.kill()
         self.lives.append(Life())
         self._serving.start()
+
+    def _note(self, pid: int | None) -> None:
+        """An engine that must not outlive what comes."""
+        self._killed_pid = pid
+        if pid is not None:
+            self.engine_pids.add(pid)
 
     async def _client(self, number: int) -> None:
         rng = random.Random(number)

@@ -76,6 +76,8 @@ def summary(samples: list[Sample], begin_s: float, end_s: float) -> dict[str, An
     ended = [s for s in samples if s.end_s is not None and begin_s <= s.end_s]
     answers = [s for s in ended if s.status == 200 and s.error is None]
     refused = [s for s in ended if s.status in (429, 503)]
+    if not answers:
+        raise TaelError("no answer ended in the time given; give more.")
     failed = [s for s in ended if s.error is not None or s.status not in (200, 429, 503)]
     errors = [s.error or f"status {s.status}" for s in failed]
     firsts = [s.pieces_s[0] - s.start_s for s in samples if s.pieces_s and s.pieces_s[0] > begin_s]
@@ -108,11 +110,9 @@ def num_tokens(sample: Sample, begin_s: float) -> float:
     return pieces * sample.num_output_tokens / num_pieces if sample.num_output_tokens else pieces
 
 
-def percentiles(values: Sequence[float]) -> dict[str, float] | None:
+def percentiles(values: Sequence[float]) -> dict[str, float]:
     """By nearest rank."""
     ranked = sorted(values)
-    if not ranked:
-        return None
     return {
         f"p{percent}": round(ranked[math.ceil(percent / 100 * len(ranked)) - 1], 4)
         for percent in (50, 99)
@@ -200,7 +200,7 @@ def ratios(result: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
     name = "output_tokens_per_s"
     quotients = {name: round(result[name] / other[name], 3)}
     for name in ("first_token_s", "inter_token_s", "answer_s"):
-        for rank, value in (result[name] or {}).items():
+        for rank, value in result[name].items():
             quotients[f"{name} {rank}"] = round(value / other[name][rank], 3)
     return quotients
 

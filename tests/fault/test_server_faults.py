@@ -26,8 +26,7 @@ def test_kill_nine(model_path: Callable[[str], Path], tmp_path: Path) -> None:
     model = model_path("smollm2:135m")
     result = server_kill.kill_often(model, tmp_path, 6, 7, *OPTIONS)
     assert result.pop("kills") == 6
-    for name in ("requests_seen", "answered_whole", "streams_ended_by_error"):
-        assert result.pop(name) > 0, name
-    assert result.pop("settled_by_recovery") > 0
+    assert result.pop("requests_seen") >= 8 and result.pop("answered_whole") > 0
+    assert result.pop("streams_ended_by_error") + result.pop("settled_by_recovery") > 0
     assert set(result.pop("recovery_s")) == {"engine", "server"}
     assert not any(result.values()), result
