@@ -15,8 +15,10 @@ import argparse
 import asyncio
 import json
 import random
+import signal
 import socket
 import struct
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -179,6 +181,7 @@ def main() -> None:
     parser.add_argument("--disconnects", type=int, default=2000)
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # not without the server
     with tempfile.TemporaryDirectory() as folder:
         options = ("--context", "2048", "--memory", "1GiB", "--threads", "1")
         result = run(resolve(args.model), Path(folder), args.disconnects, 1, *options)

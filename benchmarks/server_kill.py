@@ -20,6 +20,7 @@ import json
 import os
 import random
 import signal
+import sys
 import tempfile
 import time
 from contextlib import suppress
@@ -99,9 +100,7 @@ class Killer:
             begin_s = time.perf_counter()
             await (self._kill_engine() if target == "engine" else self._kill_server())
             if target != following or self._rng.random() < 0.6:  # or it is killed as it starts
-                while self._serving.engine_pid in (None, self._killed_pid):
-                    await asyncio.sleep(0.005)
-                await asyncio.to_thread(self._serving.wait_until_ready)
+                await asyncio.to_thread(self._serving.wait_until_ready, self._killed_pid)
                 self.recovery_s[target].append(time.perf_counter() - begin_s)
         self._is_over = True
         await asyncio.gather(*clients)
@@ -270,6 +269,7 @@ def main() -> None:
     parser.add_argument("--hangs", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # not without the server
     model = resolve(args.model)
     options = ("--context", "2048", "--memory", "1GiB", "--threads", "1")
     with tempfile.TemporaryDirectory() as folder:

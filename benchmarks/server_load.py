@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,7 @@ import msgspec
 from benchmarks import machine
 from benchmarks.chats import Sample
 from benchmarks.peers import llama_cpp
-from benchmarks.serving import Serving, free_port, wait_until_answered
+from benchmarks.serving import Serving, free_port, responds, wait_until
 from tael.errors import TaelError
 from tael.loader.sources import resolve
 
@@ -145,7 +146,7 @@ def llama_server(model: Path, num_threads: int, options: Sequence[str]) -> Itera
     command += ["--host", "127.0.0.1", "--port", str(port), *options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        wait_until_answered(f"http://127.0.0.1:{port}/health", process)
+        wait_until(lambda: responds(f"http://127.0.0.1:{port}/health"), process)
         yield f"http://127.0.0.1:{port}"
     finally:
         process.kill()
@@ -219,6 +220,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # not without the server
     versions = {llama_cpp.NAME: llama_cpp.VERSION, "locust": version("locust")}
     report = {
         **machine.stamp(),

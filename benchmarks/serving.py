@@ -16,6 +16,7 @@ import sys
 import time
 import urllib.request
 from collections import Counter
+from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,13 +86,16 @@ class Serving:
 
     @property
     def is_ready(self) -> bool:
-        return answers(f"{self.url}/health/ready")
+        return responds(f"{self.url}/health/ready")
 
-    def wait_until_ready(self) -> None:
-        """Raises TaelError if the server ends instead."""
+    def wait_until_ready(self, killed_pid: int | None = None) -> None:
+        """With another engine than the one that was killed. Raises TaelError if the server ends
+        instead, or takes too long."""
         assert self.process is not None
         try:
-            wait_until_answered(f"{self.url}/health/ready", self.process)
+            wait_until(
+                lambda: self.engine_pid not in (None, killed_pid) and self.is_ready, self.process
+            )
         except TaelError as error:
             raise TaelError(f"{error} {self._log.read_text()[-500:]}") from None
 
@@ -110,7 +114,7 @@ def free_port() -> int:
         return port
 
 
-def answers(url: str) -> bool:
+def responds(url: str) -> bool:
     """Whether the status is 200."""
     try:
         with urllib.request.urlopen(url, timeout=10) as response:
@@ -119,10 +123,10 @@ def answers(url: str) -> bool:
         return False
 
 
-def wait_until_answered(url: str, process: subprocess.Popen[bytes]) -> None:
-    """Raises TaelError if the process ends instead."""
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    """Raises TaelError if the process ends first, or takes too long."""
     deadline_s = time.perf_counter() + START_S
-    while not answers(url):
+    while not condition():
         if process.poll() is not None or time.perf_counter() > deadline_s:
             raise TaelError("the server did not start.")
         time.sleep(0.02)
