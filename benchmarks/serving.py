@@ -38,6 +38,9 @@ CARD = {
 START_S = 120.0
 """The longest that a server may take to be ready."""
 
+MAX_LINE_BYTES = 1 << 22
+"""Of an answer: one that is not streamed is a single line."""
+
 
 class Serving:
     """A server in ``folder``, which keeps its ledger from one ``start`` to the next."""
@@ -88,14 +91,21 @@ class Serving:
     def is_ready(self) -> bool:
         return responds(f"{self.url}/health/ready")
 
+    def wait_for_engine(self, killed_pid: int | None) -> int:
+        """The process of another engine than the one that was killed. It may not be ready."""
+        assert self.process is not None
+        wait_until(lambda: self.engine_pid not in (None, killed_pid), self.process)
+        pid = self.engine_pid
+        assert pid is not None
+        return pid
+
     def wait_until_ready(self, killed_pid: int | None = None) -> None:
         """With another engine than the one that was killed. Raises TaelError if the server ends
         instead, or takes too long."""
         assert self.process is not None
         try:
-            wait_until(
-                lambda: self.engine_pid not in (None, killed_pid) and self.is_ready, self.process
-            )
+            self.wait_for_engine(killed_pid)
+            wait_until(lambda: self.is_ready, self.process)
         except TaelError as error:
             raise TaelError(f"{error} {self._log.read_text()[-500:]}") from None
 
@@ -171,6 +181,10 @@ def request_bytes(body: dict[str, Any]) -> bytes:
         f"connection: close\r\ncontent-length: {len(content)}\r\n\r\n"
     )
     return head.encode() + content
+
+
+async def connect(port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    return await asyncio.open_connection("127.0.0.1", port, limit=MAX_LINE_BYTES)
 
 
 async def read_head(reader: asyncio.StreamReader, answer: Answer) -> None:
