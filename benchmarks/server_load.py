@@ -219,8 +219,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--parts", default="users,peer", help="the others stay as they are")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # not without the server
+    model = resolve(args.model)
+    if "users" in args.parts.split(","):
+        for part in alone_and_overloaded(model, args):
+            add(args, part)
+    if "peer" in args.parts.split(","):
+        add(args, {"side_by_side": side_by_side(model, args)})
+
+
+def add(args: argparse.Namespace, part: dict[str, Any]) -> None:
+    """Put a part into the result file. Raises TaelError if that is of another machine or model."""
     versions = {llama_cpp.NAME: llama_cpp.VERSION, "locust": version("locust")}
     report = {
         **machine.stamp(),
@@ -228,16 +239,13 @@ def main() -> None:
         "model": args.model,
         "tael_options": tael_options(args.threads),
     }
-
-    def add(part: dict[str, Any]) -> None:
-        report.update(part)
-        args.output.write_text(json.dumps(report, indent=2) + "\n")
-        print(json.dumps(part, indent=2), flush=True)
-
-    model = resolve(args.model)
-    for part in alone_and_overloaded(model, args):
-        add(part)
-    add({"side_by_side": side_by_side(model, args)})
+    if args.output.exists():
+        earlier = json.loads(args.output.read_text())
+        if any(earlier[name] != report[name] for name in ("machine", "model")):
+            raise TaelError(f"{args.output} is of another machine or model; name another --output.")
+        report = {**earlier, **report}
+    args.output.write_text(json.dumps({**report, **part}, indent=2) + "\n")
+    print(json.dumps(part, indent=2), flush=True)
 
 
 if __name__ == "__main__":
