@@ -56,12 +56,8 @@ def measure(
     with tempfile.NamedTemporaryFile(suffix=".jsonl") as file:
         command = [sys.executable, "-m", "locust", "-f", str(ROOT / "benchmarks/chat_users.py")]
         command += ["--headless", "--host", url, "--users", str(num_users)]
-        command += [
-            "--spawn-rate",
-            str(num_users / warm_up_s),
-            "--run-time",
-            f"{warm_up_s + duration_s:.0f}s",
-        ]
+        command += ["--spawn-rate", str(num_users / warm_up_s)]
+        command += ["--run-time", f"{warm_up_s + duration_s:.0f}s"]
         command += ["--samples", file.name, "--exit-code-on-error", "0", "--loglevel", "ERROR"]
         command += [] if rate is None else ["--rate", str(rate)]
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -165,7 +161,7 @@ def alone_and_overloaded(model: Path, args: argparse.Namespace) -> Iterator[dict
         alone = measure(url, 1, args.alone_s, args.warm_up_s)
         yield {"alone": alone}
         streams = measure(url, NUM_USERS, args.streams_s, args.warm_up_s)
-        yield {"streams": streams}
+        yield {"streams": {**streams, "times_alone": ratios(streams, alone)}}
         rate = OVERLOAD * streams["requests_per_s"]
         overload = measure(url, OVERLOAD * NUM_USERS, args.overload_s, args.warm_up_s, rate)
         yield {"overload": {**overload, "times_streams": ratios(overload, streams)}}
