@@ -56,7 +56,7 @@ def measure(
     with tempfile.NamedTemporaryFile(suffix=".jsonl") as file:
         command = [sys.executable, "-m", "locust", "-f", str(ROOT / "benchmarks/chat_users.py")]
         command += ["--headless", "--host", url, "--users", str(num_users)]
-        command += ["--spawn-rate", str(num_users / warm_up_s)]
+        command += ["--spawn-rate", str(max(1.0, num_users / warm_up_s))]
         command += ["--run-time", f"{warm_up_s + duration_s:.0f}s"]
         command += ["--samples", file.name, "--exit-code-on-error", "0", "--loglevel", "ERROR"]
         command += [] if rate is None else ["--rate", str(rate)]
