@@ -27,7 +27,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.serving import NAME, Answer, Serving, charges_of, connect, read_head, request_bytes
+from benchmarks.serving import (
+    NAME,
+    Answer,
+    Serving,
+    charges_of,
+    connect,
+    is_usage,
+    read_head,
+    request_bytes,
+)
 from tael.errors import TaelError
 from tael.loader.sources import resolve
 
@@ -144,13 +153,7 @@ def check(
     """Compare the ledger with what clients have seen and with what the engine has counted."""
     charges, wrong = charges_of(ledger)
     answers = [answer for _, answer in seen if answer.request_id]
-    whole = [answer for answer in answers if answer.is_whole]
-    settled = {a.request_id: charges[a.request_id] for a in answers if a.request_id in charges}
-
-    def usage_differs(answer: Answer) -> bool:
-        charge, usage = settled[answer.request_id], answer.usage or {}
-        counts = (usage.get("prompt_tokens"), usage.get("completion_tokens"))
-        return counts != (charge.num_prompt_tokens, charge.num_output_tokens)
+    settled = [(a, charges[a.request_id]) for a in answers if a.request_id in charges]
 
     sums = {
         "prompt_tokens_total": sum(c.num_prompt_tokens for c in charges.values()),
@@ -167,9 +170,9 @@ def check(
         "not_whole": sum(point == "not at all" and not a.is_whole for point, a in seen),
         "lost": len(answers) - len(settled),
         **wrong,
-        "usage_differs": sum(map(usage_differs, whole)),
+        "usage_differs": sum(a.is_whole and not is_usage(a, charge) for a, charge in settled),
         "delivered_and_not_charged": sum(
-            answer.num_tokens > settled[answer.request_id].num_output_tokens for answer in answers
+            a.num_tokens > charge.num_output_tokens for a, charge in settled
         ),
         "sums_differ_by": sum(abs(value - metrics[name]) for name, value in sums.items()),
     }

@@ -30,7 +30,16 @@ from statistics import median
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.serving import NAME, Answer, Serving, charges_of, connect, read_head, request_bytes
+from benchmarks.serving import (
+    NAME,
+    Answer,
+    Serving,
+    charges_of,
+    connect,
+    is_usage,
+    read_head,
+    request_bytes,
+)
 from tael.loader.sources import resolve
 
 RESULTS = Path(__file__).with_name("results") / "server-kill.json"
@@ -182,11 +191,7 @@ def check(ledger: Path, lives: list[Life], recovery_s: dict[str, Any]) -> dict[s
         "recovery_s": recovery_s,
         "lost": len(seen) - len(settled),
         **wrong,
-        "whole_and_not_so_charged": sum(
-            (a.usage or {}).get("completion_tokens") != charge.num_output_tokens
-            or (a.usage or {}).get("prompt_tokens") != charge.num_prompt_tokens
-            for a, charge in whole
-        ),
+        "whole_and_not_so_charged": sum(not is_usage(a, charge) for a, charge in whole),
         "failed_and_not_charged_as_delivered": sum(
             a.num_tokens != charge.num_output_tokens for a, charge in failed
         ),

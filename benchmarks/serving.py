@@ -207,6 +207,13 @@ class Charge:
     """What it ought to cost."""
 
 
+def is_usage(answer: Answer, charge: Charge) -> bool:
+    """Whether a request is charged for what its answer said."""
+    usage = answer.usage or {}
+    counts = (usage.get("prompt_tokens"), usage.get("completion_tokens"))
+    return counts == (charge.num_prompt_tokens, charge.num_output_tokens)
+
+
 def charges_of(ledger: Path) -> tuple[dict[str, Charge], dict[str, int]]:
     """By request id, and what is wrong with the ledger by itself: all counts should be 0."""
     with closing(sqlite3.connect(ledger)) as connection:

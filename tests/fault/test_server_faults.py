@@ -13,20 +13,20 @@ OPTIONS = ("--context", "1024", "--memory", "600MiB", "--threads", "1", "--drain
 
 def test_disconnects(model_path: Callable[[str], Path], tmp_path: Path) -> None:
     model = model_path("smollm2:135m")
-    result = server_disconnects.run(model, tmp_path, 60, 7, *OPTIONS)
-    assert result.pop("disconnects") == 60
+    result = server_disconnects.run(model, tmp_path, 40, 7, *OPTIONS)
+    assert result.pop("disconnects") == 40
     assert set(result.pop("where")) == {*server_disconnects.POINTS, "not at all"}
     reasons = result.pop("reasons")
     assert reasons["aborted"] > reasons["finished"] > 0  # cut off, most of them
-    assert result.pop("requests_recorded") > 20
+    assert result.pop("requests_recorded") > 15
     assert result.pop("prompt_tokens") > 0 and result.pop("output_tokens") > 0
     assert not any(result.values()), result
 
 
 def test_kill_nine(model_path: Callable[[str], Path], tmp_path: Path) -> None:
     model = model_path("smollm2:135m")
-    result = server_kill.kill_often(model, tmp_path, 6, 7, *OPTIONS)
-    assert result.pop("kills") == 6
+    result = server_kill.kill_often(model, tmp_path, 4, 7, *OPTIONS)
+    assert result.pop("kills") == 4
     assert result.pop("requests_seen") >= 8 and result.pop("answered_whole") > 0
     assert result.pop("streams_ended_by_error") + result.pop("settled_by_recovery") > 0
     assert set(result.pop("recovery_s")) == {"engine", "server"}
