@@ -134,7 +134,6 @@ class BodyLimit:
 
 async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
     """Answer without the application, and end the connection: its body may not have been read."""
-    is_anthropic = scope["path"].startswith("/v1/messages")
-    body = error.anthropic() if is_anthropic else error.openai()
     headers = {**error.headers, "connection": "close"}
+    body = error.body(scope["path"])
     await JSONResponse(body, error.status, headers)(scope, receive, send)

@@ -24,11 +24,18 @@ class TextBlock(Strict):
     citations: None = None
 
 
+class DirectCaller(Strict):
+    """The model itself, not code of its own."""
+
+    type: Literal["direct"]
+
+
 class ToolUseBlock(Strict):
     type: Literal["tool_use"]
     id: Name
     name: FunctionName
     input: dict[str, Any]
+    caller: DirectCaller | None = None
     cache_control: CacheControl | None = None
 
 
