@@ -181,7 +181,7 @@ class _Writer:
                 parts += self._parser.end()
             for part in parts:
                 if "content" in part:
-                    block = {"type": "text", "text": "", "citations": None}
+                    block: dict[str, Any] = {"type": "text", "text": "", "citations": None}
                     yield block, not in_text, part["content"]
                     in_text = True
                 for call in part.get("tool_calls", ()):

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from tael.server.openai_schema import FunctionName, Name, Sampling, Strict
+from tael.server.openai_schema import FunctionName, JsonObject, MaxTokens, Name, Sampling, Strict
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 
@@ -68,7 +68,7 @@ InputItem = Annotated[
     | Annotated[FunctionCallOutput, Tag("function_call_output")],
     Discriminator(
         _item_type,
-        custom_error_type="item_type",
+        custom_error_type="unknown_item",
         custom_error_message="items are of type message, function_call or function_call_output",
     ),
 ]
@@ -85,7 +85,7 @@ class JsonObjectFormat(Strict):
 class JsonSchemaFormat(Strict):
     type: Literal["json_schema"]
     name: FunctionName
-    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    schema_: Annotated[JsonObject, Field(alias="schema")]
     description: str | None = None
     strict: bool | None = None
 
@@ -101,7 +101,7 @@ class FunctionTool(Strict):
     type: Literal["function"]
     name: FunctionName
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: JsonObject | None = None
     strict: bool | None = None
 
 
@@ -113,7 +113,7 @@ class NamedFunctionTool(Strict):
 class ResponsesRequest(Sampling):
     input: str | Annotated[list[InputItem], Field(min_length=1)]
     instructions: str | None = None
-    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_output_tokens: MaxTokens | None = None
     text: Text | None = None
     store: bool | None = None
     """Nothing is stored, whatever is asked for: the client sends the conversation again."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from tael.economics.keys import Keys
 from tael.economics.ledger import Ledger
@@ -80,12 +81,8 @@ async def opened(
                 allowed_hosts=LOOPBACK if is_open else None,
                 has_metrics=config.metrics_address is None,
             )
-            settings = uvicorn.Config(
-                app, lifespan="off", access_log=False, server_header=False, log_level="warning"
-            )
-            host, port = listener.getsockname()[:2]
+            settings = _settings(app)
             logger.info("%s: %s", config.model, engine.ready.description)
-            logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
             async with _metrics_served(config.metrics_address, service):
                 yield DrainingServer(settings, service, config.drain_s), listener
         finally:
@@ -100,8 +97,7 @@ async def _metrics_served(address: tuple[str, int] | None, service: Service) -> 
         return
     with _bound(*address) as listener:
         app = create_operators_app(service)
-        settings = uvicorn.Config(app, lifespan="off", access_log=False, log_level="warning")
-        server = _MetricsServer(settings)
+        server = _MetricsServer(_settings(app))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         logger.info("metrics on http://%s:%d/metrics", *listener.getsockname()[:2])
         try:
@@ -109,6 +105,19 @@ async def _metrics_served(address: tuple[str, int] | None, service: Service) -> 
         finally:
             server.should_exit = True
             await serving
+
+
+def _settings(app: FastAPI) -> uvicorn.Config:
+    """h11, whatever else is installed: it bounds the headers of a request, which httptools does
+    not."""
+    return uvicorn.Config(
+        app,
+        http="h11",
+        lifespan="off",
+        access_log=False,
+        server_header=False,
+        log_level="warning",
+    )
 
 
 def _bound(host: str, port: int) -> socket.socket:
@@ -144,6 +153,12 @@ class DrainingServer(uvicorn.Server):
         self._drain_s = drain_s
         self._loop = asyncio.get_running_loop()
         self._drain: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or ():
+            host, port = listener.getsockname()[:2]
+            logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # Not uvicorn's: it would raise the signal again at the end, and so exit with its number.

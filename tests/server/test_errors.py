@@ -31,9 +31,11 @@ REFUSED = [
     ("chat", {"temperature": 3}, "temperature", "invalid_value"),
     ("chat", {"temperature": float("nan")}, "temperature", "invalid_value"),
     ("chat", {"top_p": 0}, "top_p", "invalid_value"),
+    ("chat", {"repetition_penalty": 5e-324}, "repetition_penalty", "invalid_value"),
     ("chat", {"n": 0}, "n", "invalid_value"),
     ("chat", {"n": 10**9}, "n", "invalid_value"),
     ("chat", {"max_tokens": 0}, "max_tokens", "invalid_value"),
+    ("chat", {"max_tokens": 2**64}, "max_tokens", "invalid_value"),
     ("chat", {"top_logprobs": 21, "logprobs": True}, "top_logprobs", "invalid_value"),
     ("chat", {"top_logprobs": 2}, "top_logprobs", "invalid_value"),
     ("chat", {"logit_bias": {"x": 1}}, "logit_bias", "invalid_value"),
@@ -80,6 +82,15 @@ REFUSED = [
         "input",
         "invalid_value",
     ),
+    *[
+        (
+            "responses",
+            {"tools": [{"type": "function", "name": "f", "parameters": {"a": value}}]},
+            "tools[0].parameters",
+            "invalid_value",
+        )
+        for value in (float("nan"), float("inf"), "\ud800", {"\udfff": 1})
+    ],
     ("text", {"prompt": ""}, None, "invalid_value"),
     ("text", {"prompt": []}, None, "invalid_value"),
     ("text", {"prompt": [[]]}, None, "invalid_value"),

@@ -254,6 +254,9 @@ BOMBS: list[tuple[str, dict[str, Any]]] = [
         {"seed": -(2**70)},
         {"top_k": 2**40},
         {"temperature": 1e308},
+        {"temperature": 5e-324, "top_p": 5e-324, "min_p": 1.0},
+        {"repetition_penalty": 5e-324},
+        {"repetition_penalty": 0.01, "temperature": 5e-324, "logprobs": True},
         {"stop": ["\U0001f600" * 500], "logit_bias": {str(i): -100 for i in range(256)}},
         {"stop": ["x" * 1024] * 17},
         {"logit_bias": {str(i): 1 for i in range(100_000)}},
@@ -370,13 +373,13 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: appli
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
         b"GET\r\n\r\n",
-        b"GET / HTTP/9.9\r\nhost: localhost\r\n\r\n",
+        b"GET / HTTP\r\nhost: localhost\r\n\r\n",
         b"GET /v1/models HTTP/1.1\r\n\r\n",
         b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\nhost: evil.example\r\n\r\n",
         b"GET /v1/models HTTP/1.1\r\nhost: localhost:\r\nhost: evil.example\r\n\r\n",
         b"QUERY /v1/completions HTTP/1.1\r\nhost: localhost\r\n\r\n",
-        b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\nx: " + b"x" * 200_000 + b"\r\n\r\n",
-        b"GET /" + b"x" * 200_000 + b" HTTP/1.1\r\nhost: localhost\r\n\r\n",
+        b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\nx: " + b"x" * (1 << 20) + b"\r\n\r\n",
+        b"GET /" + b"x" * (1 << 20) + b" HTTP/1.1\r\nhost: localhost\r\n\r\n",
         b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\nbad header\r\n\r\n",
         b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\nx: a\0b\r\n\r\n",
         HEAD + b"content-length: -1\r\n\r\n{}",
@@ -394,7 +397,10 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: appli
 )
 def test_what_is_hardly_http(server: Running, request_: bytes) -> None:
     """Refused, and nobody waits."""
-    answer = exchange(server, request_)
+    try:
+        answer = exchange(server, request_)
+    except ConnectionError:  # it did not even want to read on
+        answer = b""
     status = int(answer.split(b" ")[1]) if answer else 400
     assert 400 <= status < 500, answer[:200]
     assert answer.count(b"HTTP/1.1") <= 1

@@ -251,10 +251,11 @@ def test_the_helpers_of_the_client(client: OpenAI) -> None:
     response = client.responses.parse(model=MODEL, input="hi", text_format=Answer)
     assert response.output_parsed is not None
     with client.chat.completions.stream(
-        model=MODEL, messages=MESSAGES, max_tokens=5, temperature=0
+        model=MODEL, messages=MESSAGES, response_format=Answer
     ) as events:
         text = "".join(event.delta for event in events if event.type == "content.delta")
-        assert events.get_final_completion().choices[0].message.content == text
+        message = events.get_final_completion().choices[0].message
+    assert message.content == text and message.parsed is not None
 
 
 def test_json_object(client: OpenAI) -> None:
