@@ -18,7 +18,7 @@ def test_made_up_requests(server: Running) -> None:
     thread = Thread(target=canary.run, args=(server.url, MODEL, ended))
     thread.start()
     try:
-        fuzzed = server_fuzz.fuzz(server.url, MODEL, num_examples=5, seed=1)
+        fuzzed = server_fuzz.fuzz(server.url, MODEL, num_examples=40, seed=1, has_boundaries=False)
     finally:
         ended.set()
         thread.join()
