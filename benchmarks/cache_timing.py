@@ -16,6 +16,7 @@ import json
 import random
 import tempfile
 import time
+from contextlib import closing
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -24,7 +25,7 @@ from typing import Any
 from openai import OpenAI
 
 from benchmarks import machine
-from benchmarks.serving import MODEL, serving
+from benchmarks.serving import NAME, Serving
 from tael.economics.keys import Keys
 from tael.errors import TaelError
 from tael.loader.sources import resolve
@@ -45,7 +46,7 @@ def seconds_to_first_token(client: OpenAI, prompt: list[int]) -> tuple[float, in
     """And how many tokens of the prompt were reported as cached."""
     start = time.perf_counter()
     stream = client.completions.create(
-        model=MODEL,
+        model=NAME,
         prompt=prompt,
         max_tokens=1,
         stream=True,
@@ -91,18 +92,22 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=40)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "keys.sqlite"
-        keys = Keys(path)
-        tenants = {"victim": "one", "same_tenant": "one", "other_tenant": "another"}
-        tokens = {name: keys.create(name, tenant=of)[1] for name, of in tenants.items()}
-        keys.close()
-        options = ("--keys", str(path), "--context", "1024", "--memory", "700MiB")
-        with serving(resolve(args.model), *options) as server:
+        server = Serving(
+            resolve(args.model), Path(folder), "--context", "1024", "--memory", "700MiB"
+        )
+        with closing(Keys(Path(folder) / "keys.sqlite")) as keys:
+            tenants = {"victim": "one", "same_tenant": "one", "other_tenant": "another"}
+            tokens = {name: keys.create(name, tenant=of)[1] for name, of in tenants.items()}
+        server.start()
+        try:
+            server.wait_until_ready()
             clients = {
                 name: OpenAI(base_url=f"{server.url}/v1", api_key=token)
                 for name, token in tokens.items()
             }
             results = measure(clients, args.trials)
+        finally:
+            server.stop()
     report = {
         **machine.stamp(),
         "model": args.model,

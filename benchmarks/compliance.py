@@ -25,7 +25,7 @@ from llm_comply.test_case import TestCategory
 from llm_comply.tests import get_tests
 
 from benchmarks import machine
-from benchmarks.serving import MODEL, serving
+from benchmarks.serving import NAME, serving
 from tael.errors import TaelError
 from tael.loader.sources import resolve
 
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--model", default="qwen2.5-coder:0.5b")
     args = parser.parse_args()
     with serving(resolve(args.model), "--context", "4096", "--memory", "2GiB") as server:
-        results = {form: checked(server.url, MODEL, form) for form in SPECS}
+        results = {form: checked(server.url, NAME, form) for form in SPECS}
     report = {
         **machine.stamp(),
         "llm-comply": version("llm-comply"),

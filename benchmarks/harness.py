@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.serving import MODEL, serving
+from benchmarks.serving import NAME, serving
 from tael import LLM, SamplingParams
 from tael.errors import TaelError
 from tael.loader.sources import resolve
@@ -49,7 +49,7 @@ def evaluated(url: str, tokenizer: Path) -> dict[str, Any]:
     report: dict[str, Any] = lm_eval.simple_evaluate(
         model="local-completions",
         model_args={
-            "model": MODEL,
+            "model": NAME,
             "base_url": f"{url}/v1/completions",
             "tokenizer_backend": "huggingface",
             "tokenizer": str(tokenizer),

@@ -28,7 +28,7 @@ from openai import OpenAI
 from schemathesis.engine import events, from_schema
 
 from benchmarks import machine
-from benchmarks.serving import MODEL, serving
+from benchmarks.serving import NAME, serving
 from tael.errors import TaelError
 
 RESULTS = Path(__file__).with_name("results") / "server-fuzz.json"
@@ -135,12 +135,12 @@ def run(model: Path, *, num_examples: int, seed: int) -> dict[str, Any]:
     canary, ended = Canary(), Event()
     start = time.monotonic()
     with serving(model, "--parallel", "8", "--memory", "400MiB") as server:
-        thread = Thread(target=canary.run, args=(server.url, MODEL, ended))
+        thread = Thread(target=canary.run, args=(server.url, NAME, ended))
         thread.start()
         try:
             fuzzed = fuzz(
                 server.url,
-                MODEL,
+                NAME,
                 num_examples=num_examples,
                 seed=seed,
                 has_boundaries=seed == 1,

@@ -52,7 +52,7 @@ async def answer(
         vocab_size=service.engine.ready.vocab_size,
         max_tokens=request.max_output_tokens,
     )
-    await run.start(Work([prompt], params, grammar))
+    await run.start(Work([prompt], params, request.stream, grammar))
     writer = _Writer(service, run, request, tool_use)
     if request.stream:
         return EventStream(run, writer.events(), writer.failed)

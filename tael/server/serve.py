@@ -81,10 +81,12 @@ async def opened(
                 allowed_hosts=LOOPBACK if is_open else None,
                 has_metrics=config.metrics_address is None,
             )
-            settings = _settings(app)
+            host, port = listener.getsockname()[:2]
+            listener.listen()  # who reads the next lines may connect, and is answered in a moment
             logger.info("%s: %s", config.model, engine.ready.description)
+            logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
             async with _metrics_served(config.metrics_address, service):
-                yield DrainingServer(settings, service, config.drain_s), listener
+                yield DrainingServer(_settings(app), service, config.drain_s), listener
         finally:
             await engine.close()
 
@@ -153,12 +155,6 @@ class DrainingServer(uvicorn.Server):
         self._drain_s = drain_s
         self._loop = asyncio.get_running_loop()
         self._drain: asyncio.Task[None] | None = None
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        for listener in sockets or ():
-            host, port = listener.getsockname()[:2]
-            logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # Not uvicorn's: it would raise the signal again at the end, and so exit with its number.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 import os
 import signal
 import socket
@@ -18,6 +20,9 @@ import httpx2 as httpx
 import openai
 import pytest
 from running import MODEL, Running, eventually, running
+
+from tael.server.messages import EngineSettings
+from tael.server.serve import ServerConfig, opened
 
 ENDLESS: dict[str, Any] = {"max_tokens": 200, "extra_body": {"ignore_eos": True}}
 
@@ -186,6 +191,18 @@ def test_the_http_process_never_imports_the_kernels() -> None:
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (0, "set()\n"), result.stderr
+
+
+def test_it_listens_when_it_says_so(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "tael.server")
+    config = ServerConfig(MODEL, EngineSettings(str(folder), "reference"), port=0)
+
+    async def main() -> None:
+        async with opened(config, keys=None, ledger=None) as (_, listener):
+            assert "listening on" in caplog.text
+            socket.create_connection(listener.getsockname()).close()
+
+    asyncio.run(main())
 
 
 COMMAND = [sys.executable, "-c", "from tael.cli.main import main; main()", "serve"]
