@@ -62,8 +62,7 @@ class Access:
     def _check_host(self, headers: Headers) -> None:
         if self._allowed_hosts is None:
             return
-        hosts = headers.getlist("host")
-        host = hosts[0] if len(hosts) == 1 else ""
+        host = headers.get("host", "")  # h11 refuses requests with two
         bracketed = host.startswith("[")
         name = host[1:].partition("]")[0] if bracketed else host.partition(":")[0]
         if name.lower() not in self._allowed_hosts:
