@@ -35,8 +35,7 @@ class ApiError(Exception):
             self.headers["retry-after-ms"] = str(max(1, round(1000 * retry_after_s)))
 
     def body(self, path: str) -> dict[str, Any]:
-        """In the dialect of a path: that of the request line. ``request.url.path`` will not do,
-        which a ``Host`` header can change."""
+        """In the dialect of a path."""
         return self.anthropic() if path.startswith("/v1/messages") else self.openai()
 
     def openai(self) -> dict[str, Any]:

@@ -143,14 +143,6 @@ def test_every_route_needs_a_key(guarded: Guarded, method: str, path: str) -> No
                 assert error.get("code", "invalid_api_key") == "invalid_api_key"
 
 
-def test_the_dialect_of_an_error_is_that_of_the_path(guarded: Guarded) -> None:
-    """Not of a path in the name of the host, from which ``request.url`` is put together."""
-    headers = {"authorization": f"Bearer {guarded.token}", "host": "localhost/v1/messages?"}
-    with guarded.server.http() as http:
-        error = http.get("/v1/nothing", headers=headers).json()["error"]
-    assert error["code"] == "unknown_url" and "/v1/nothing" in error["message"]
-
-
 def test_all_routes_are_in_that_list(guarded: Guarded) -> None:
     with guarded.server.http() as http:
         response = http.get("/openapi.json", headers={"authorization": f"Bearer {guarded.token}"})
