@@ -1,6 +1,6 @@
 """Can a tenant tell by the time to the first token what another one has asked?
 
-    python -m benchmarks.cache_timing [--trials 40]
+    python -m benchmarks.cache_timing [--trials 100]
 
 In each trial a victim sends a prompt that nobody has sent before. Then a prober sends that prompt
 and another one as new, and the times to their first tokens are compared. A classifier without any
@@ -40,6 +40,11 @@ def area_under_curve(positives: list[float], negatives: list[float]) -> float:
     """The chance that a positive is smaller than a negative."""
     pairs = list(product(positives, negatives))
     return sum((a < b) + (a == b) / 2 for a, b in pairs) / len(pairs)
+
+
+def chance_deviation(num_each: int) -> float:
+    """The standard deviation of that area for times that tell nothing (Mann and Whitney, 1947)."""
+    return ((2 * num_each + 1) / (12 * num_each**2)) ** 0.5
 
 
 def seconds_to_first_token(client: OpenAI, prompt: list[int]) -> tuple[float, int]:
@@ -89,7 +94,7 @@ def measure(clients: dict[str, OpenAI], num_trials: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="smollm2:135m")
-    parser.add_argument("--trials", type=int, default=40)
+    parser.add_argument("--trials", type=int, default=100)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         server = Serving(
@@ -113,6 +118,7 @@ def main() -> None:
         "model": args.model,
         "trials": args.trials,
         "prompt_tokens": NUM_PROMPT_TOKENS,
+        "deviation_by_chance": round(chance_deviation(args.trials), 3),
         "results": results,
     }
     RESULTS.write_text(json.dumps(report, indent=2) + "\n")

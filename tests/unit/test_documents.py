@@ -94,14 +94,16 @@ def result_of(name: str) -> Any:
 def test_attacks_and_clients() -> None:
     """docs/server.md, "What was tried"."""
     text = " ".join((ROOT / "docs/server.md").read_text().split())
-    fuzz, timing = result_of("server-fuzz")["total"], result_of("cache-timing")["results"]
+    fuzz, timing = result_of("server-fuzz")["total"], result_of("cache-timing")
     assert fuzz["cases"] >= 20_000 and fuzz["faults"] == 0
     assert f"{fuzz['cases']:,} requests" in text and f"{fuzz['canary_streams']:,} times" in text
-    other, same = timing["other_tenant"], timing["same_tenant"]
+    other, same = timing["results"]["other_tenant"], timing["results"]["same_tenant"]
+    chance = timing["deviation_by_chance"]
     assert other["cached_tokens_reported"] == 0 < same["cached_tokens_reported"]
-    assert same["area_under_curve"] >= 0.95 and 0.35 <= other["area_under_curve"] <= 0.65
-    assert f"{other['area_under_curve']:.2f} of the area" in text
-    assert f"{same['area_under_curve']:.2f} for one's own" in text
+    assert abs(other["area_under_curve"] - 0.5) < 2 * chance
+    assert f"{other['area_under_curve']:.2f} (by chance 0.50 ± {chance:.2f})" in text
+    assert same["area_under_curve"] >= 0.95
+    assert f"{same['area_under_curve']:.2f} for one's own tenant" in text
     checks = [
         check for form in result_of("compliance")["results"].values() for check in form.items()
     ]
