@@ -29,20 +29,19 @@ def tables(results: Path = RESULTS) -> dict[str, str]:
     texts = {"ratios": ratio_table(reports)}
     texts |= {model: model_table(report) for model, report in reports.items()}
     makers = {
-        "kernels": kernel_table,
-        "overhead": overhead_table,
-        "speculation": speculation_table,
-        "server-load": load_table,
-        "server-disconnects": disconnect_table,
-        "server-kill": kill_table,
+        "kernels": ("kernels", kernel_table),
+        "overhead": ("overhead", overhead_table),
+        "speculation": ("speculation", speculation_table),
+        "server-load": ("server-load", load_table),
+        "server-peer": ("server-load", peer_table),
+        "server-disconnects": ("server-disconnects", disconnect_table),
+        "server-kill": ("server-kill", kill_table),
+        "server-hang": ("server-kill", hang_table),
     }
-    for name, make in makers.items():
+    for place, (name, make) in makers.items():
         file = results / f"{name}.json"
         if file.exists():
-            texts[name] = make(json.loads(file.read_text()))
-    load = results / "server-load.json"
-    if load.exists():
-        texts["server-peer"] = peer_table(json.loads(load.read_text())["side_by_side"])
+            texts[place] = make(json.loads(file.read_text()))
     return texts
 
 
@@ -159,8 +158,9 @@ def load_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def peer_table(result: dict[str, Any]) -> str:
+def peer_table(report: dict[str, Any]) -> str:
     """Tael and llama-server under the same users: of each the mean of its rounds."""
+    result = report["side_by_side"]
     head = ("", "Tael", "llama-server", "Tael / llama-server")
     lines = [_row(*head), _row(*["---"] * len(head))]
     sides = [result["tael"], result["llama-server"]]
@@ -179,7 +179,7 @@ def disconnect_table(report: dict[str, Any]) -> str:
     result = report["results"]
     seen = ("disconnects", "requests_recorded", "prompt_tokens", "output_tokens")
     found = ("where", "reasons", *seen)
-    others = sum(value for name, value in result.items() if name not in found)
+    others = sum(abs(value) for name, value in result.items() if name not in found)
     head = ("disconnects", "requests on record", "prompt tokens", "output tokens", "all else")
     cells = [*(f"{result[name]:,}" for name in seen), f"{others:g}"]
     return "\n".join([_row(*head), _row(*["---"] * len(head)), _row(*cells)])
@@ -190,12 +190,35 @@ def kill_table(report: dict[str, Any]) -> str:
     result = report["kills"]
     seen = ("kills", "requests_seen", "answered_whole", "streams_ended_by_error")
     found = (*seen, "settled_by_recovery", "recovery_s")
-    others = sum(value for name, value in result.items() if name not in found)
+    others = sum(abs(value) for name, value in result.items() if name not in found)
     head = ("kills", "requests seen", "answered whole", "streams ended by an error event")
     head += ("settled by the next start", "engine away", "server away", "all else")
     cells = [f"{result[name]:,}" for name in (*seen, "settled_by_recovery")]
     cells += [f"{result['recovery_s'][name]['median']:.1f} s" for name in ("engine", "server")]
     return "\n".join([_row(*head), _row(*["---"] * len(head)), _row(*cells, others)])
+
+
+def hang_table(report: dict[str, Any]) -> str:
+    """What follows when the engine stops, at the worst, and when the server is told to end."""
+    hangs, drain = report["hangs"], report["drain"]
+    ended = sum(hang["streams_ended_by_error"] for hang in hangs)
+    worst = {name: f"{max(hang[name] for hang in hangs):.1f} s" for name in hangs[0]}
+    return "\n".join(
+        [
+            _row("signal", "what follows"),
+            _row("---", "---"),
+            _row(
+                f"SIGSTOP of the engine, {len(hangs)} times",
+                f"not ready after {worst['not_ready_s']}; {ended} of "
+                f"{sum(hang['streams'] for hang in hangs)} streams ended by an error event, after "
+                f"{worst['streams_ended_s']}; ready again after {worst['ready_again_s']}",
+            ),
+            _row(
+                f"SIGTERM of the server under {drain['streams']} streams",
+                f"{drain['answered_whole']} answered whole; exit code {drain['exit_code']}",
+            ),
+        ]
+    )
 
 
 def decode_limit(case: dict[str, Any]) -> float:

@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        options = ("--context", "2048", "--memory", "1GiB")
+        options = ("--context", "2048", "--memory", "1GiB", "--threads", "1")
         result = run(resolve(args.model), Path(folder), args.disconnects, 1, *options)
     report = {**machine.stamp(), "model": args.model, "results": result}
     args.output.write_text(json.dumps(report, indent=2) + "\n")

@@ -271,7 +271,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     model = resolve(args.model)
-    options = ("--context", "2048", "--memory", "1GiB")
+    options = ("--context", "2048", "--memory", "1GiB", "--threads", "1")
     with tempfile.TemporaryDirectory() as folder:
         kills = kill_often(model, Path(folder), args.kills, 1, *options)
     with tempfile.TemporaryDirectory() as folder:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks import server_disconnects, server_kill
 
-OPTIONS = ("--context", "1024", "--memory", "600MiB")
+OPTIONS = ("--context", "1024", "--memory", "600MiB", "--threads", "1")
 
 
 def test_disconnects(model_path: Callable[[str], Path], tmp_path: Path) -> None:
