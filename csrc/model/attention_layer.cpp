@@ -55,6 +55,17 @@ void AttentionLayer::attend(const Step& step, const LinearInput& x, const RopeTa
         append(step, rope, ws, token, int(item % num_kv_heads));
     });
   }
+  const std::vector<Superblocks::Missing>& missing = superblocks_->missing();
+  if (config_.key_summaries && !missing.empty()) {
+    const int num_kv_heads = config_.shape.num_kv_heads;
+    const KVPool rows = superblocks_->pool(config_.first_head);
+    step.pool.parallel_for(step.thread, int64_t(missing.size()) * num_kv_heads, [&](int64_t item) {
+      const Superblocks::Missing& superblock = missing[item / num_kv_heads];
+      const int kv_head = int(item % num_kv_heads);
+      merge_summaries(superblock.blocks, kSuperblockBlocks, summaries_.head(0, kv_head), summaries_.block_bytes,
+                      config_.shape.head_dim, (uint16_t*)rows.head(superblock.row, kv_head));
+    });
+  }
   step.pool.parallel_for(step.thread, int64_t(plan.pieces().size()),
                          [&](int64_t i) { run_piece(step, rope, plan, ws, plan.pieces()[i]); });
 }
@@ -122,17 +133,55 @@ void AttentionLayer::attend_whole(const Step& step, const AttentionTask& task, i
   }
 }
 
-// The task of a token over `budget` blocks: as if the sequence had no others.
-AttentionTask AttentionLayer::select(const Step& step, const AttentionTask& task, int budget,
+// The task of a token over `budget` blocks: as if the sequence had no others. These are the sinks, the recent
+// ones, and the best of those between; of superblocks and of blocks with equal scores the earliest.
+AttentionTask AttentionLayer::select(const Step& step, const AttentionTask& task, int32_t seq, int budget,
                                      BlockSelection& selection) const {
-  const int num_blocks = task.first_position / kBlockTokens;
-  step.kernels.score_blocks(task, summaries_.head(0, task.kv_head), summaries_.block_bytes, num_blocks,
-                            selection.scores.data());
+  const int first = kSinkBlocks, last = task.first_position / kBlockTokens - kRecentBlocks;
+  const int num_scored = budget - kMinBudgetBlocks;
+  int32_t* end = std::copy_n(task.block_table, first, selection.chosen.data());
+  if (num_scored > 0) {
+    AttentionTask candidates = task;
+    candidates.block_table = selection.candidates.data();
+    const int num_candidates = find_candidates(step, task, seq, budget, first, last, selection);
+    step.kernels.score_blocks(candidates, summaries_.head(0, task.kv_head), summaries_.block_bytes, num_candidates,
+                              selection.scores.data());
+    selection.find_best(num_candidates, num_scored);
+    for (int i = 0; i < num_scored; ++i) *end++ = selection.candidates.data()[selection.best.data()[i]];
+  }
+  end = std::copy_n(task.block_table + last, kRecentBlocks, end);
   AttentionTask chosen = task;
-  const int num_chosen = select_blocks(selection, task.block_table, num_blocks, budget);
   chosen.block_table = selection.chosen.data();
-  chosen.first_position = num_chosen * kBlockTokens + task.first_position % kBlockTokens;
+  chosen.first_position = int(end - chosen.block_table) * kBlockTokens + task.first_position % kBlockTokens;
   return chosen;
+}
+
+// Of the blocks from `first` to `last` - 1, those of the best superblocks and those in none yet. Returns their number.
+int AttentionLayer::find_candidates(const Step& step, const AttentionTask& task, int32_t seq, int budget, int first,
+                                    int last, BlockSelection& selection) const {
+  int32_t* end = selection.candidates.data();
+  const auto add = [&](int from, int to) {
+    from = std::max(from, first);
+    to = std::min(to, last);
+    if (from < to) end = std::copy(task.block_table + from, task.block_table + to, end);
+  };
+  const int num_superblocks = (last + kRecentBlocks) / kSuperblockBlocks, most = num_scored_superblocks(budget);
+  if (num_superblocks <= most) {
+    add(first, last);
+  } else {
+    AttentionTask superblocks = task;
+    superblocks.block_table = superblocks_->rows(seq);
+    const KVPool rows = superblocks_->pool(config_.first_head);
+    step.kernels.score_blocks(superblocks, rows.head(0, task.kv_head), rows.block_bytes, num_superblocks,
+                              selection.scores.data());
+    selection.find_best(num_superblocks, most);
+    for (int i = 0; i < most; ++i) {
+      const int block = selection.best.data()[i] * kSuperblockBlocks;
+      add(block, block + kSuperblockBlocks);
+    }
+    add(num_superblocks * kSuperblockBlocks, last);
+  }
+  return int(end - selection.candidates.data());
 }
 
 void AttentionLayer::run_piece(const Step& step, const RopeTable& rope, AttentionPlan& plan,
@@ -160,7 +209,7 @@ void AttentionLayer::run_piece(const Step& step, const RopeTable& rope, Attentio
   prepare_queries(step, rope, ws, piece);
 
   if (piece.budget > 0) {
-    const AttentionTask chosen = select(step, task, piece.budget, scratch.selection);
+    const AttentionTask chosen = select(step, task, piece.seq, piece.budget, scratch.selection);
     attend_whole(step, chosen, 0, chosen.first_position / kPartitionTokens + 1, scratch);
     finish(piece, chosen, step, ws, scratch.states.data());
     return;

@@ -4,6 +4,7 @@
 #include "kernels/key_summary/key_summary.hpp"
 #include "model/attention_plan.hpp"
 #include "model/block_selection.hpp"
+#include "model/superblocks.hpp"
 #include "tiers/tiered_pool.hpp"
 
 namespace tael {
@@ -57,16 +58,17 @@ class AttentionLayer {
   const AttentionConfig& config() const { return config_; }
   const AttentionWeights& weights() const { return weights_; }
   // `open` is the pool of blocks that are being filled; without one (data null), these are blocks
-  // of `complete` too. `summaries` are those of a block's heads.
-  void bind_kv(const KVPool& complete, const KVPool& open, const KVPool& summaries) {
+  // of `complete` too. `summaries` are those of a block's heads, `superblocks` those of the group.
+  void bind_kv(const KVPool& complete, const KVPool& open, const KVPool& summaries, const Superblocks* superblocks) {
     complete_ = complete;
     open_ = open;
     summaries_ = summaries;
+    superblocks_ = superblocks;
     tiered_ = nullptr;
   }
   // Complete blocks in a tiered pool: `complete` are its slots.
-  void bind_kv(TieredPool* tiered, const KVPool& open, const KVPool& summaries) {
-    bind_kv({tiered->data(), tiered->slot_bytes(), 0, head_bytes()}, open, summaries);
+  void bind_kv(TieredPool* tiered, const KVPool& open, const KVPool& summaries, const Superblocks* superblocks) {
+    bind_kv({tiered->data(), tiered->slot_bytes(), 0, head_bytes()}, open, summaries, superblocks);
     tiered_ = tiered;
   }
   int64_t head_bytes() const { return kv_head_bytes(config_.kv_format, config_.shape.head_dim); }
@@ -83,7 +85,10 @@ class AttentionLayer {
   void prepare_queries(const Step& step, const RopeTable& rope, const AttentionWorkspace& ws,
                        const AttentionPiece& piece) const;
   void append(const Step& step, const RopeTable& rope, const AttentionWorkspace& ws, int64_t token, int kv_head) const;
-  AttentionTask select(const Step& step, const AttentionTask& task, int budget, BlockSelection& selection) const;
+  AttentionTask select(const Step& step, const AttentionTask& task, int32_t seq, int budget,
+                       BlockSelection& selection) const;
+  int find_candidates(const Step& step, const AttentionTask& task, int32_t seq, int budget, int first, int last,
+                      BlockSelection& selection) const;
   void attend_whole(const Step& step, const AttentionTask& task, int first_partition, int last_partition,
                     const AttentionWorkspace::Scratch& scratch) const;
   // Of a complete block, or of the slot that its head is in.
@@ -94,6 +99,7 @@ class AttentionLayer {
   AttentionConfig config_;
   AttentionWeights weights_;
   KVPool complete_{}, open_{}, summaries_{};
+  const Superblocks* superblocks_ = nullptr;
   TieredPool* tiered_ = nullptr;
 };
 

@@ -30,6 +30,7 @@ void Model::add_layer(AttentionConfig attention, AttentionWeights weights, Dense
   if (attention.cache_group >= num_cache_groups()) {
     pools_.resize(attention.cache_group + 1);
     open_pools_.resize(attention.cache_group + 1);
+    superblocks_.resize(attention.cache_group + 1);
   }
   unpacks_ |= attention.kv_format != KVFormat::BF16;
   selects_ |= attention.key_summaries;
@@ -88,6 +89,12 @@ int64_t Model::workspace_bytes() const {
   return bytes;
 }
 
+int64_t Model::superblock_bytes() const {
+  int64_t bytes = 0;
+  for (const Superblocks& superblocks : superblocks_) bytes += superblocks.bytes();
+  return bytes;
+}
+
 namespace {
 
 // One layer's part of a pool, which holds `bytes` from `offset` on.
@@ -103,7 +110,25 @@ KVPool open_part(const BlockPool& open, const AttentionConfig& config) {
 
 }  // namespace
 
+// For the layers of a group that have summaries.
+const Superblocks* Model::make_superblocks(int cache_group, int64_t num_blocks) {
+  if (!ws_) throw std::logic_error("allocate() comes before bind_kv()");
+  int num_heads = 0;
+  int64_t bytes = 0;
+  bool selects = false;
+  for (const Layer& layer : layers_) {
+    const AttentionConfig& config = layer.attention.config();
+    if (config.cache_group != cache_group) continue;
+    selects |= config.key_summaries;
+    num_heads = std::max(num_heads, config.first_head + config.shape.num_kv_heads);
+    bytes = std::max(bytes, summary_bytes(config.shape.head_dim));
+  }
+  superblocks_.at(cache_group) = Superblocks(selects ? num_blocks : 0, limits_, num_heads, bytes);
+  return &superblocks_[cache_group];
+}
+
 void Model::bind_kv(int cache_group, const BlockPool& blocks, const BlockPool& open) {
+  const Superblocks* superblocks = make_superblocks(cache_group, blocks.num_blocks);
   for (Layer& layer : layers_) {
     const AttentionConfig& config = layer.attention.config();
     if (config.cache_group != cache_group) continue;
@@ -113,7 +138,7 @@ void Model::bind_kv(int cache_group, const BlockPool& blocks, const BlockPool& o
     const int64_t summary = config.key_summaries ? summary_bytes(config.shape.head_dim) : 0;
     layer.attention.bind_kv(
         part(blocks, config.layer_offset, num_heads * (head_bytes + summary), head_bytes), open_part(open, config),
-        part(blocks, config.layer_offset + num_heads * head_bytes, num_heads * summary, summary));
+        part(blocks, config.layer_offset + num_heads * head_bytes, num_heads * summary, summary), superblocks);
   }
   pools_.at(cache_group) = blocks;
   open_pools_.at(cache_group) = open;
@@ -121,6 +146,7 @@ void Model::bind_kv(int cache_group, const BlockPool& blocks, const BlockPool& o
 
 void Model::bind_kv(int cache_group, TieredPool* tiered, const BlockPool& summaries, const BlockPool& open) {
   if (open.num_blocks == 0) throw std::invalid_argument("blocks that are being filled need a pool");
+  const Superblocks* superblocks = make_superblocks(cache_group, tiered->num_blocks());
   for (Layer& layer : layers_) {
     const AttentionConfig& config = layer.attention.config();
     if (config.cache_group != cache_group) continue;
@@ -131,7 +157,7 @@ void Model::bind_kv(int cache_group, TieredPool* tiered, const BlockPool& summar
         summary > stride || (summary > 0 && summaries.num_blocks < tiered->num_blocks()))
       throw std::invalid_argument("the tiered pool is too small");
     layer.attention.bind_kv(tiered, open_part(open, config),
-                            part(summaries, config.first_head * stride, num_heads * stride, stride));
+                            part(summaries, config.first_head * stride, num_heads * stride, stride), superblocks);
   }
   pools_.at(cache_group) = {tiered->data(), tiered->num_blocks(), 0};
   open_pools_.at(cache_group) = open;
@@ -146,6 +172,10 @@ void Model::check(const Batch& batch) const {
   require(batch.num_seqs >= 1 && batch.num_seqs <= limits_.max_seqs, "too many sequences in a step");
   require(batch.num_logits <= std::min(limits_.max_logits, batch.num_tokens), "too many logits in a step");
   require(int(batch.block_tables.size()) == num_cache_groups(), "wrong number of block tables");
+  require(int(batch.restored_blocks.size()) == num_cache_groups(), "wrong number of lists of restored blocks");
+  for (size_t group = 0; group < pools_.size(); ++group)
+    for (const int32_t block : batch.restored_blocks[group])
+      require(block >= 0 && block < pools_[group].num_blocks, "restored block outside the pool");
   require(batch.query_start[0] == 0 && batch.query_start[batch.num_seqs] == batch.num_tokens,
           "query_start does not cover the tokens");
   for (int64_t i = 0; i < batch.num_logits; ++i) {
@@ -195,6 +225,8 @@ const HeadOutput& Model::forward(Batch batch) {
     for (int32_t t = batch.query_start[s]; t < batch.query_start[s + 1]; ++t) ws_->token_seq[t] = int32_t(s);
   batch.token_seq = ws_->token_seq.data();
   for (AttentionPlan& plan : plans_) plan.prepare(batch);
+  for (size_t group = 0; group < superblocks_.size(); ++group)
+    superblocks_[group].prepare(batch, batch.block_tables[group], batch.restored_blocks[group]);
   pool_.run([&](int thread) { step({batch, kernels_, pool_, thread}); });
   return lm_head_.output();
 }

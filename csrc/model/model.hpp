@@ -54,6 +54,7 @@ class Model {
   const ModelConfig& config() const { return config_; }
   int num_cache_groups() const { return int(pools_.size()); }
   int64_t workspace_bytes() const;
+  int64_t superblock_bytes() const;
 
  private:
   struct Layer {
@@ -81,6 +82,7 @@ class Model {
   };
 
   DenseWorkspace dense_workspace(const Limits& limits) const;
+  const Superblocks* make_superblocks(int cache_group, int64_t num_blocks);
   void check(const Batch& batch) const;
   void step(const Step& step);
   const Stream& stream(const Step& step) const;
@@ -101,6 +103,7 @@ class Model {
   std::vector<AttentionShape> shapes_;
   std::vector<Layer> layers_;
   std::vector<BlockPool> pools_, open_pools_;  // per cache group
+  std::vector<Superblocks> superblocks_;       // likewise
   bool unpacks_ = false;  // blocks of some layer are compressed
   bool selects_ = false;  // or have summaries
   std::unique_ptr<Workspace> ws_;

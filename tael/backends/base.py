@@ -46,6 +46,9 @@ class ForwardBatch:
     """[num_tokens] blocks that a token's queries read of each KV head under full attention, its own
     included: the first and the last few, and those with the highest bound of their scores. At least
     MIN_BUDGET_BLOCKS; 0, or None for all: every block."""
+    restored_blocks: tuple[Sequence[int], ...] = ()
+    """One per cache group, or none: the blocks that got other content since the last step by other
+    means than a step."""
 
 
 @dataclass(frozen=True, slots=True)
