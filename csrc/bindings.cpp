@@ -329,6 +329,7 @@ NB_MODULE(_native, m) {
         nb::dict out;
         out["num_hits"] = c.num_hits;
         out["num_loads"] = c.num_loads;
+        out["num_prefetches"] = c.num_prefetches;
         out["num_stores"] = c.num_stores;
         out["num_errors"] = c.num_errors;
         return out;

@@ -21,6 +21,7 @@ AttentionWorkspace::AttentionWorkspace(const Limits& limits, int num_threads,
     shared = std::max(shared, plan.shared_floats());
   }
   q = Rows(limits.max_tokens, q_columns);
+  next_q = Rows(selects ? kReplicatedTokens : 0, q_columns);
   out = Rows(limits.max_tokens, q_columns);
   k = Rows(limits.max_tokens, kv_columns);
   v = Rows(limits.max_tokens, kv_columns);
@@ -34,18 +35,21 @@ AttentionWorkspace::AttentionWorkspace(const Limits& limits, int num_threads,
 }
 
 int64_t AttentionWorkspace::bytes() const {
-  int64_t bytes = q.bytes() + k.bytes() + v.bytes() + out.bytes() + shared_states.bytes();
+  int64_t bytes = q.bytes() + next_q.bytes() + k.bytes() + v.bytes() + out.bytes() + shared_states.bytes();
   for (const Scratch& s : scratch)
     bytes += s.states.bytes() + s.head.bytes() + s.q.bytes() + s.unpacked.bytes() + s.slots.bytes() + s.selection.bytes();
   return bytes;
 }
 
 void AttentionLayer::attend(const Step& step, const LinearInput& x, const RopeTable& rope, AttentionPlan& plan,
-                            AttentionWorkspace& ws) const {
+                            AttentionWorkspace& ws, const Forecast* next) const {
   linear(step.pool, step.thread, step.kernels, x,
          {{&weights_.q, ws.q.row(0), ws.q.columns()},
           {&weights_.k, ws.k.row(0), ws.k.columns()},
           {&weights_.v, ws.v.row(0), ws.v.columns()}});
+  if (next)
+    linear(step.pool, step.thread, step.kernels, next->x,
+           {{&next->layer->weights_.q, ws.next_q.row(0), ws.next_q.columns()}});
   // In a decode step a piece appends the keys and values that it is the first to read.
   if (!step.batch.is_decode()) {
     const int num_kv_heads = config_.shape.num_kv_heads;
@@ -66,8 +70,14 @@ void AttentionLayer::attend(const Step& step, const LinearInput& x, const RopeTa
                       config_.shape.head_dim, (uint16_t*)rows.head(superblock.row, kv_head));
     });
   }
-  step.pool.parallel_for(step.thread, int64_t(plan.pieces().size()),
-                         [&](int64_t i) { run_piece(step, rope, plan, ws, plan.pieces()[i]); });
+  const int next_heads = next ? next->layer->config_.shape.num_kv_heads : 0;
+  const int64_t num_forecasts = step.batch.num_seqs * next_heads;
+  step.pool.parallel_for(step.thread, num_forecasts + int64_t(plan.pieces().size()), [&](int64_t i) {
+    if (i < num_forecasts)
+      next->layer->prefetch(step, *next->rope, ws, int32_t(i / next_heads), int32_t(i % next_heads));
+    else
+      run_piece(step, rope, plan, ws, plan.pieces()[i - num_forecasts]);
+  });
 }
 
 namespace {
@@ -184,13 +194,11 @@ int AttentionLayer::find_candidates(const Step& step, const AttentionTask& task,
   return int(end - selection.candidates.data());
 }
 
-void AttentionLayer::run_piece(const Step& step, const RopeTable& rope, AttentionPlan& plan,
-                               AttentionWorkspace& ws, const AttentionPiece& piece) const {
-  const Kernels& kernels = step.kernels;
-  AttentionWorkspace::Scratch& scratch = ws.scratch[step.thread];
+AttentionTask AttentionLayer::task_of(const Step& step, const AttentionPiece& piece,
+                                      const AttentionWorkspace::Scratch& scratch) const {
   const AttentionShape& shape = config_.shape;
   const int32_t first_position = step.batch.positions[piece.first_token];
-  const AttentionTask task = {
+  return {
       .complete = &complete_,
       .format = config_.kv_format,
       .block_table = step.batch.block_tables[config_.cache_group].row(piece.seq),
@@ -204,9 +212,29 @@ void AttentionLayer::run_piece(const Step& step, const RopeTable& rope, Attentio
       .window = shape.window,
       .q = scratch.q.data(),
   };
+}
+
+// What the guessed queries of a decode step would read.
+void AttentionLayer::prefetch(const Step& step, const RopeTable& rope, AttentionWorkspace& ws, int32_t seq,
+                              int32_t kv_head) const {
+  const int32_t token = step.batch.query_start[seq], budget = step.batch.kv_budgets[token];
+  if (budget == 0 || step.batch.positions[token] / kBlockTokens < budget) return;
+  AttentionWorkspace::Scratch& scratch = ws.scratch[step.thread];
+  const AttentionPiece piece = {seq, kv_head, token, 1, 0, 0, -1, budget};
+  prepare_queries(step, rope, ws, ws.next_q, piece);
+  const AttentionTask chosen = select(step, task_of(step, piece, scratch), seq, budget, scratch.selection);
+  tiered_->prefetch(config_.first_head + kv_head, chosen.block_table, chosen.first_position / kBlockTokens);
+}
+
+void AttentionLayer::run_piece(const Step& step, const RopeTable& rope, AttentionPlan& plan,
+                               AttentionWorkspace& ws, const AttentionPiece& piece) const {
+  const Kernels& kernels = step.kernels;
+  AttentionWorkspace::Scratch& scratch = ws.scratch[step.thread];
+  const AttentionShape& shape = config_.shape;
+  const AttentionTask task = task_of(step, piece, scratch);
   if (step.batch.is_decode() && task.first_position / kPartitionTokens == piece.last_partition - 1)
     append(step, rope, ws, piece.first_token, piece.kv_head);
-  prepare_queries(step, rope, ws, piece);
+  prepare_queries(step, rope, ws, ws.q, piece);
 
   if (piece.budget > 0) {
     const AttentionTask chosen = select(step, task, piece.seq, piece.budget, scratch.selection);
@@ -244,7 +272,7 @@ void AttentionLayer::finish(const AttentionPiece& piece, const AttentionTask& ta
 
 // The queries of a piece as the kernels take them, into the thread's scratch.
 void AttentionLayer::prepare_queries(const Step& step, const RopeTable& rope, const AttentionWorkspace& ws,
-                                     const AttentionPiece& piece) const {
+                                     const Rows& q, const AttentionPiece& piece) const {
   constexpr float kLog2E = 1.44269504088896341f;
   const Kernels& kernels = step.kernels;
   const AttentionWorkspace::Scratch& scratch = ws.scratch[step.thread];
@@ -253,7 +281,7 @@ void AttentionLayer::prepare_queries(const Step& step, const RopeTable& rope, co
   uint16_t* out = scratch.q.data();
   for (int64_t token = piece.first_token; token < piece.first_token + piece.num_tokens; ++token)
     for (int64_t h = piece.kv_head * heads; h < (piece.kv_head + 1) * heads; ++h, out += head_dim) {
-      memcpy(head, ws.q.row(token) + h * head_dim, head_dim * sizeof(float));
+      memcpy(head, q.row(token) + h * head_dim, head_dim * sizeof(float));
       if (weights_.q_bias) kernels.add(head, weights_.q_bias.data() + h * head_dim, head_dim);
       if (weights_.q_norm) kernels.rms_norm(head, weights_.q_norm.data(), head_dim, config_.norm_eps, head);
       kernels.rope(head, rope.cos_of(token), rope.sin_of(token), rope.num_pairs());

@@ -37,25 +37,28 @@ void Model::add_layer(AttentionConfig attention, AttentionWeights weights, Dense
   layers_.push_back({AttentionLayer(attention, std::move(weights)), std::move(ffn), std::move(norms)});
 }
 
-Model::Stream::Stream(int64_t max_tokens, const Model& model)
+Model::Stream::Stream(int64_t max_tokens, bool has_forecasts, const Model& model)
     : hidden(max_tokens, model.config_.hidden_size), normed(max_tokens, model.config_.hidden_size) {
   int64_t columns = model.config_.hidden_size;  // attention's output passes through here as well
   for (const AttentionShape& shape : model.shapes_)
     columns = std::max(columns, int64_t(shape.num_heads) * shape.head_dim);
   quantized = QuantizedBuffer(max_tokens, columns);
+  if (!has_forecasts) return;
+  next_normed = Rows(max_tokens, model.config_.hidden_size);
+  next_quantized = QuantizedBuffer(max_tokens, model.config_.hidden_size);
 }
 
 int64_t Model::Stream::bytes() const {
-  return hidden.bytes() + normed.bytes() + quantized.bytes();
+  return hidden.bytes() + normed.bytes() + quantized.bytes() + next_normed.bytes() + next_quantized.bytes();
 }
 
 Model::Workspace::Workspace(const Limits& limits, int num_threads, const Model& model)
     : update(limits.max_tokens, model.config_.hidden_size),
       attention(limits, num_threads, model.plans_, model.unpacks_, model.selects_),
       dense(model.dense_workspace(limits)),
-      shared(limits.max_tokens, model),
+      shared(limits.max_tokens, false, model),
       token_seq(limits.max_tokens) {
-  for (int t = 0; t < num_threads; ++t) replicas.emplace_back(kReplicatedTokens, model);
+  for (int t = 0; t < num_threads; ++t) replicas.emplace_back(kReplicatedTokens, model.selects_, model);
 }
 
 DenseWorkspace Model::dense_workspace(const Limits& limits) const {
@@ -242,8 +245,11 @@ void Model::step(const Step& s) {
     const Layer& layer = layers_[i];
     const AttentionLayer& attention = layer.attention;
     const AttentionConfig& config = attention.config();
+    Forecast next{};
+    const bool has_next = i + 1 < layers_.size() && layers_[i + 1].attention.takes_forecasts(s);
+    if (has_next) next = forecast(s, layers_[i + 1]);
     attention.attend(s, input(s, stream(s).normed.floats(num_tokens)), ropes_[config.rope], plans_[config.plan],
-                     ws_->attention);
+                     ws_->attention, has_next ? &next : nullptr);
     const LinearInput attended = input(s, ws_->attention.out.floats(num_tokens));
     if (!is_float(attention.weights().o.format))
       s.for_tokens(num_tokens, [&](int64_t t) {
@@ -263,6 +269,20 @@ const Model::Stream& Model::stream(const Step& s) const {
 
 LinearInput Model::input(const Step& s, const FloatRows& floats) const {
   return {floats, stream(s).quantized.rows(s.batch.num_tokens, floats.columns)};
+}
+
+// As if this layer left the residual stream as it is. By every thread for itself.
+Forecast Model::forecast(const Step& s, const Layer& next) const {
+  const Stream& stream = this->stream(s);
+  const int64_t num_tokens = s.batch.num_tokens;
+  const LinearInput x = {stream.next_normed.floats(num_tokens),
+                         stream.next_quantized.rows(num_tokens, stream.next_normed.columns())};
+  for (int64_t t = 0; t < num_tokens; ++t) {
+    float* row = stream.next_normed.row(t);
+    kernels_.rms_norm(stream.hidden.row(t), next.norms.mixer.data(), config_.hidden_size, config_.norm_eps, row);
+    kernels_.quantize(row, 0, x.quantized.num_groups, x.quantized, t);
+  }
+  return {&next.attention, x, &ropes_[next.attention.config().rope]};
 }
 
 // Token embeddings into the residual stream, and their first norm.

@@ -65,10 +65,12 @@ class Model {
   // The residual stream and what linear layers read of it: one for all threads, and a small one
   // for each, of the steps in which they do the same work (Step::replicated).
   struct Stream {
-    Stream(int64_t max_tokens, const Model& model);
+    Stream(int64_t max_tokens, bool has_forecasts, const Model& model);
     int64_t bytes() const;
     Rows hidden, normed;
     QuantizedBuffer quantized;
+    Rows next_normed;  // of a Forecast
+    QuantizedBuffer next_quantized;
   };
   // Buffers of one step.
   struct Workspace {
@@ -87,6 +89,7 @@ class Model {
   void step(const Step& step);
   const Stream& stream(const Step& step) const;
   LinearInput input(const Step& step, const FloatRows& floats) const;
+  Forecast forecast(const Step& step, const Layer& next) const;
   void embed(const Step& step);
   void norm_token(const Step& step, const Vector& norm, int64_t token);
   void add_and_norm(const Step& step, const Vector& bias, const Vector& post_norm, const Vector& norm);

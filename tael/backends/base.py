@@ -91,8 +91,9 @@ class TieredBlocks(Protocol):
 
     @property
     def counters(self) -> Mapping[str, int]:
-        """Of KV heads: ``num_hits`` that were in memory when they were read, ``num_loads`` that
-        were not, ``num_stores`` and ``num_errors``."""
+        """Of KV heads: ``num_hits`` that were in memory or on their way when they were read,
+        ``num_loads`` that were not, ``num_prefetches`` that a layer asked for ahead of the next,
+        ``num_stores`` and ``num_errors``."""
 
     def read_block(self, block: int, out: NDArray[np.uint8]) -> None:
         """Copy all that is kept of a complete block to ``out``, uint8 [payload_bytes]. Raises
