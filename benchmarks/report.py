@@ -1,6 +1,6 @@
-"""Tables and plots of ``docs/performance.md`` from the result files.
+"""Tables and plots of ``docs/performance.md`` and ``docs/server.md`` from the result files.
 
-python -m benchmarks.report      writes both, into the places that the document keeps for them
+python -m benchmarks.report      writes both, into the places that the documents keep for them
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from benchmarks.cases import GRID, GROUPS
@@ -16,25 +17,31 @@ from tael.evals.plot import Line, plot
 from tael.evals.speed import TokenCost
 
 RESULTS = Path(__file__).with_name("results")
-DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
+DOCS = Path(__file__).parents[1] / "docs"
+DOCUMENTS = (DOCS / "performance.md", DOCS / "server.md")
 MODELS = ("smollm2-135m", "gemma3-270m", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b")
 PLOTTED = "qwen2.5-coder-0.5b"
 
 
 def tables(results: Path = RESULTS) -> dict[str, str]:
-    """Name of a place in the document -> the Markdown that belongs there."""
+    """Name of a place in a document -> the Markdown that belongs there."""
     reports = speed_reports(results)
     texts = {"ratios": ratio_table(reports)}
     texts |= {model: model_table(report) for model, report in reports.items()}
-    kernels = results / "kernels.json"
-    if kernels.exists():
-        texts["kernels"] = kernel_table(json.loads(kernels.read_text()))
-    overhead = results / "overhead.json"
-    if overhead.exists():
-        texts["overhead"] = overhead_table(json.loads(overhead.read_text()))
-    speculation = results / "speculation.json"
-    if speculation.exists():
-        texts["speculation"] = speculation_table(json.loads(speculation.read_text()))
+    makers = {
+        "kernels": ("kernels", kernel_table),
+        "overhead": ("overhead", overhead_table),
+        "speculation": ("speculation", speculation_table),
+        "server-load": ("server-load", load_table),
+        "server-peer": ("server-load", peer_table),
+        "server-disconnects": ("server-disconnects", disconnect_table),
+        "server-kill": ("server-kill", kill_table),
+        "server-hang": ("server-kill", hang_table),
+    }
+    for place, (name, make) in makers.items():
+        file = results / f"{name}.json"
+        if file.exists():
+            texts[place] = make(json.loads(file.read_text()))
     return texts
 
 
@@ -123,6 +130,102 @@ def speculation_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+LATENCIES = {
+    "first_token_s": "first token",
+    "inter_token_s": "between tokens",
+    "answer_s": "whole answer",
+}
+
+
+USERS = ("alone", "streams", "overload", "overload_few")
+"""Parts of a report of ``benchmarks.server_load``."""
+
+
+def load_table(report: dict[str, Any]) -> str:
+    """What users saw, by how many they were."""
+    times = [f"{name}, p50 / p99" for name in LATENCIES.values()]
+    head = ("users", "answers", "errors", "tokens/s", *times, "refused", "refusal p99")
+    lines = [_row(*head), _row(*["---"] * len(head))]
+    for result in (report[name] for name in USERS if name in report):
+        lines.append(
+            _row(
+                result["users"],
+                f"{result['answers']:,}",
+                result["errors"],
+                f"{result['output_tokens_per_s']:.0f}",
+                *(_latency(result[latency]) for latency in LATENCIES),
+                f"{result.get('refused', 0):,}",
+                f"{1e3 * result['refused_s']['p99']:.0f} ms" if "refused_s" in result else "-",
+            )
+        )
+    return "\n".join(lines)
+
+
+def peer_table(report: dict[str, Any]) -> str:
+    """Tael and llama-server under the same users: of each the mean of its rounds."""
+    result = report.get("side_by_side")
+    if result is None:
+        return ""
+    head = ("", "Tael", "llama-server", "Tael / llama-server")
+    lines = [_row(*head), _row(*["---"] * len(head))]
+    sides = [result["tael"], result["llama-server"]]
+    cells = [f"{mean(r['output_tokens_per_s'] for r in side):.0f}" for side in sides]
+    ratio = result["ratio"]
+    lines.append(_row("output tokens/s", *cells, f"{ratio['output_tokens_per_s']:.2f}"))
+    for latency, name in LATENCIES.items():
+        for rank in ("p50", "p99"):
+            cells = [_time(mean(r[latency][rank] for r in side)) for side in sides]
+            lines.append(_row(f"{name}, {rank}", *cells, f"{ratio[f'{latency} {rank}']:.2f}"))
+    return "\n".join(lines)
+
+
+def disconnect_table(report: dict[str, Any]) -> str:
+    """What is left when clients have gone."""
+    result = report["results"]
+    seen = ("disconnects", "requests_recorded", "prompt_tokens", "output_tokens")
+    found = ("where", "reasons", *seen)
+    others = sum(abs(value) for name, value in result.items() if name not in found)
+    head = ("disconnects", "requests on record", "prompt tokens", "output tokens", "all else")
+    cells = [*(f"{result[name]:,}" for name in seen), f"{others:g}"]
+    return "\n".join([_row(*head), _row(*["---"] * len(head)), _row(*cells)])
+
+
+def kill_table(report: dict[str, Any]) -> str:
+    """What is left when engines and servers were killed, and how long each was away."""
+    result = report["kills"]
+    seen = ("kills", "requests_seen", "answered_whole", "streams_ended_by_error")
+    found = (*seen, "settled_by_recovery", "recovery_s")
+    others = sum(abs(value) for name, value in result.items() if name not in found)
+    head = ("kills", "requests seen", "answered whole", "streams ended by an error event")
+    head += ("settled by the next start", "engine away", "server away", "all else")
+    cells = [f"{result[name]:,}" for name in (*seen, "settled_by_recovery")]
+    cells += [f"{result['recovery_s'][name]['median']:.1f} s" for name in ("engine", "server")]
+    return "\n".join([_row(*head), _row(*["---"] * len(head)), _row(*cells, others)])
+
+
+def hang_table(report: dict[str, Any]) -> str:
+    """What follows when the engine stops, at the worst, and when the server is told to end."""
+    hangs, drain = report["hangs"], report["drain"]
+    ended = sum(hang["streams_ended_by_error"] for hang in hangs)
+    worst = {name: f"{max(hang[name] for hang in hangs):.1f} s" for name in hangs[0]}
+    return "\n".join(
+        [
+            _row("signal", "what follows"),
+            _row("---", "---"),
+            _row(
+                f"SIGSTOP of the engine, {len(hangs)} times",
+                f"not ready after {worst['not_ready_s']}; {ended} of "
+                f"{sum(hang['streams'] for hang in hangs)} streams ended by an error event, after "
+                f"{worst['streams_ended_s']}; ready again after {worst['ready_again_s']}",
+            ),
+            _row(
+                f"SIGTERM of the server under {drain['streams']} streams",
+                f"{drain['answered_whole']} answered whole; exit code {drain['exit_code']}",
+            ),
+        ]
+    )
+
+
 def decode_limit(case: dict[str, Any]) -> float:
     """Tokens per second that decoding with these weights cannot exceed."""
     limits = Limits(**case["limits"])
@@ -159,16 +262,18 @@ def plots(results: Path = RESULTS) -> dict[str, tuple[dict[str, Line], dict[str,
 
 
 def main() -> None:
-    text = DOCUMENT.read_text()
-    for place, table in tables().items():
-        begin, end = _marks(place)
-        before, after = text.split(begin)
-        text = before + begin + table + end + after.split(end, 1)[1]
-    DOCUMENT.write_text(text)
+    texts = tables()
+    for document in DOCUMENTS:
+        text = document.read_text()
+        for place in _places(text):
+            begin, end = _marks(place)
+            before, after = text.split(begin)
+            text = before + begin + texts.get(place, "") + end + after.split(end, 1)[1]
+        document.write_text(text)
     labels = {"depths": "tokens in the cache", "batches": "sequences at once"}
     for group, (lines, limits) in plots().items():
         plot(
-            DOCUMENT.with_name(f"performance-{group}.png"),
+            DOCS / f"performance-{group}.png",
             lines,
             limits,
             title=f"{PLOTTED}: decode",
@@ -178,10 +283,17 @@ def main() -> None:
 
 
 def placed_tables() -> dict[str, str]:
-    """What the document has in its places."""
-    text = DOCUMENT.read_text()
-    places = re.findall(r"<!-- table (\S+) -->", text)
-    return {place: text.split(_marks(place)[0])[1].split(_marks(place)[1])[0] for place in places}
+    """What the documents have in their places."""
+    texts = [document.read_text() for document in DOCUMENTS]
+    return {
+        place: text.split(_marks(place)[0])[1].split(_marks(place)[1])[0]
+        for text in texts
+        for place in _places(text)
+    }
+
+
+def _places(text: str) -> list[str]:
+    return re.findall(r"<!-- table (\S+) -->", text)
 
 
 def _marks(place: str) -> tuple[str, str]:
@@ -190,6 +302,14 @@ def _marks(place: str) -> tuple[str, str]:
 
 def _row(*cells: object) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _latency(percentiles: dict[str, float]) -> str:
+    return " / ".join(map(_time, percentiles.values()))
+
+
+def _time(seconds: float) -> str:
+    return f"{1e3 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
 
 
 def _number(value: float | None, digits: int) -> str:

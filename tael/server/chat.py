@@ -38,7 +38,7 @@ async def answer(service: Service, run: Run, request: ChatRequest) -> dict[str, 
     arguments = tool_use.template_arguments()
     prompt = await service.in_thread(lambda: tokenizer.apply_chat_template(messages, **arguments))
     params = _params(request, service)
-    await run.start(Work([prompt], params, grammar))
+    await run.start(Work([prompt], params, request.stream, grammar))
     writer = _Writer(service, run, request, tool_use)
     if request.stream:
         return EventStream(run, writer.events(), openai_error_event)

@@ -36,7 +36,7 @@ async def answer(
     )
     if request.echo and request.logprobs is not None:
         params = replace(params, prompt_logprobs=request.logprobs)
-    await run.start(Work(prompts, params))
+    await run.start(Work(prompts, params, request.stream))
     writer = _Writer(service, run, request, prompts)
     if request.stream:
         return EventStream(run, writer.events(), openai_error_event)

@@ -34,7 +34,7 @@ async def answer(
         vocab_size=service.engine.ready.vocab_size,
         max_tokens=request.max_output_tokens,
     )
-    await run.start(Work([prompt], params, _grammar(request)))
+    await run.start(Work([prompt], params, request.stream, _grammar(request)))
     writer = _Writer(service, run, request)
     if request.stream:
         return EventStream(run, writer.events(), writer.failed)

@@ -84,6 +84,7 @@ async def opened(
                 app, lifespan="off", access_log=False, server_header=False, log_level="warning"
             )
             host, port = listener.getsockname()[:2]
+            listener.listen()  # who reads the next lines may connect, and is answered in a moment
             logger.info("%s: %s", config.model, engine.ready.description)
             logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
             async with _metrics_served(config.metrics_address, service):

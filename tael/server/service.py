@@ -12,7 +12,7 @@ import secrets
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from typing import TypeVar
@@ -40,6 +40,10 @@ MAX_TOKEN_CHARACTERS = 128
 PROGRESS_TOKENS = 256
 """Output tokens between two progress records in the ledger."""
 
+RECORD_TIMEOUT_S = 5.0
+"""How long the end of an answer waits for its settlement to be on the disk. A ledger that cannot be
+written goes on trying, and holds nobody up."""
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -63,6 +67,8 @@ class Work:
 
     prompts: Sequence[list[int]]
     params: SamplingParams
+    is_streamed: bool
+    """Answers are delivered as they come, and not when they are whole."""
     grammar: str | None = None
 
 
@@ -154,6 +160,8 @@ class Run:
         self._num_choices = 0
         self._num_unsettled = 0
         self._outcomes: set[Outcome] = set()
+        self._is_streamed = False
+        self._settlement: Future[int] | None = None
         self._price = Price()
         self._delivered: dict[int, Usage] = {}
         """By the first of a prompt's choices: what has been delivered so far."""
@@ -190,6 +198,7 @@ class Run:
             self._service.admission.tokens(self._key, num_prompt_tokens + max_output_tokens)
         )
         await self._reserve(num_prompt_tokens, max_output_tokens)
+        self._is_streamed = work.is_streamed
         self._num_choices = len(work.prompts) * params.n
         self._num_unsettled = len(work.prompts)
         self._tasks = [
@@ -203,7 +212,9 @@ class Run:
             raise first
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """Until all answers have ended. Raises ApiError if one cannot be brought to its end."""
+        """Until all answers have ended, and that is on record: what comes after, the usage, is what
+        the ledger has even if the server dies. Raises ApiError if one cannot be brought to its
+        end."""
         num_left = self._num_choices
         while num_left > 0:
             item = await self._received.get()
@@ -212,6 +223,9 @@ class Run:
             if item is not None:
                 num_left -= item.finish_reason is not None
                 yield item
+        if self._settlement is not None:
+            recorded = asyncio.wrap_future(self._settlement)
+            await asyncio.wait({recorded}, timeout=RECORD_TIMEOUT_S)
 
     def close(self) -> None:
         """End what is not finished."""
@@ -245,7 +259,7 @@ class Run:
 
     async def _compute(self, first_index: int, prompt: list[int], price: int, work: Work) -> None:
         """One prompt: wait for its turn, and pass on what the engine says."""
-        service, num_seqs, is_taken, is_settled = self._service, 0, False, False
+        service, turn, is_taken, is_settled = self._service, None, False, False
         self._delivered[first_index] = Usage(num_prompt_tokens=len(prompt))
 
         def settle(outcome: Outcome, usage: Usage | None) -> None:
@@ -257,8 +271,10 @@ class Run:
                 self._settle(outcome, usage or self._delivered[first_index])
 
         try:
-            num_seqs = await service.admission.turn(
-                self._key, price, work.params.n, self.service_tier
+            # A grammar that takes long to compile must not keep other prompts waiting.
+            num_prompt_tokens = len(prompt) if work.grammar is None else 0
+            turn = await service.admission.turn(
+                self._key, num_prompt_tokens, price, work.params.n, self.service_tier
             )
             generation = await service.engine.submit(
                 prompt,
@@ -271,7 +287,8 @@ class Run:
             self._received.put_nowait(None)
             try:
                 async for delta in generation:
-                    if generation.usage is not None:
+                    service.admission.begun(turn)
+                    if generation.usage is not None and work.is_streamed:
                         self._count(first_index, delta, generation.usage)
                     self._deliver(first_index, delta)
             finally:
@@ -286,8 +303,8 @@ class Run:
             logger.exception("request %s failed", self.id)
             self._received.put_nowait(ApiError(500, "The server failed on it.", "internal"))
         finally:
-            if num_seqs:
-                service.admission.done(num_seqs)
+            if turn is not None:
+                service.admission.done(turn)
             if not is_taken:
                 settle(Outcome.ABORTED, Usage())
 
@@ -331,6 +348,9 @@ class Run:
         self._outcomes.add(outcome)
         self._num_unsettled -= 1
         if self._num_unsettled == 0:
+            if self._outcome is Outcome.FAILED and not self._is_streamed:
+                # All that the caller gets is an error.
+                self.usage = replace(self.usage, num_output_tokens=0)
             self._price.num_used_tokens = (
                 self.usage.num_prompt_tokens + self.usage.num_output_tokens
             )
@@ -354,7 +374,7 @@ class Run:
 
     def _settle_ledger(self) -> None:
         if self._service.ledger is not None:
-            self._service.ledger.settle(self.id, replace(self.usage), self._outcome)
+            self._settlement = self._service.ledger.settle(self.id, self.usage, self._outcome)
 
 
 def _sum(usages: list[Usage]) -> Usage:

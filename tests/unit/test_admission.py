@@ -10,7 +10,7 @@ import pytest
 
 from tael.economics.keys import Key
 from tael.economics.rate_card import ServiceTier
-from tael.server.admission import Admission, Limits
+from tael.server.admission import NUM_TOKENS_AHEAD, Admission, Limits, Turn
 from tael.server.errors import ApiError
 
 pytest.importorskip("fastapi")
@@ -39,7 +39,7 @@ async def order(
     served: list[str] = []
 
     async def one(caller: Key, num_tokens: int, tier: ServiceTier) -> None:
-        taken = await admission.turn(caller, num_tokens, 1, tier)
+        taken = await admission.turn(caller, 1, num_tokens, 1, tier)
         served.append(caller.key_id)
         await asyncio.sleep(0)
         admission.done(taken)
@@ -48,6 +48,12 @@ async def order(
     await asyncio.gather(*(one(*r, tier) for r, tier in zip(requests, tiers, strict=True)))
     assert admission.num_waiting == 0
     return served
+
+
+async def passed() -> None:
+    """All that can happen has happened."""
+    for _ in range(10):
+        await asyncio.sleep(0)
 
 
 def test_a_greedy_key_does_not_delay_another() -> None:
@@ -78,7 +84,7 @@ def test_who_was_idle_has_saved_nothing_up() -> None:
         served: list[str] = []
 
         async def one(caller: Key) -> None:
-            taken = await admission.turn(caller, 100, 1, "default")
+            taken = await admission.turn(caller, 1, 100, 1, "default")
             served.append(caller.key_id)
             await asyncio.sleep(0)
             admission.done(taken)
@@ -95,17 +101,59 @@ def test_who_was_idle_has_saved_nothing_up() -> None:
 def test_no_more_sequences_than_the_engine_computes() -> None:
     async def main() -> None:
         admission = Admission(Limits(), 4)
-        assert await admission.turn(key("a"), 1, 3, "default") == 3
-        second = asyncio.create_task(admission.turn(key("a"), 1, 2, "default"))
-        third = asyncio.create_task(admission.turn(key("a"), 1, 1, "default"))
+        first = await admission.turn(key("a"), 1, 1, 3, "default")
+        second = asyncio.create_task(admission.turn(key("a"), 1, 1, 2, "default"))
+        third = asyncio.create_task(admission.turn(key("a"), 1, 1, 1, "default"))
         await asyncio.sleep(0)
         assert not second.done() and not third.done() and admission.num_waiting == 2
-        admission.done(3)
-        assert await second == 2 and await third == 1
+        admission.done(first)
+        assert (await second).num_seqs == 2 and (await third).num_seqs == 1
         # One that is larger than the engine runs alone.
-        large = asyncio.create_task(admission.turn(key("a"), 1, 100, "default"))
-        admission.done(3)
-        assert await large == 4
+        large = asyncio.create_task(admission.turn(key("a"), 1, 1, 100, "default"))
+        admission.done(await second)
+        await asyncio.sleep(0)
+        assert not large.done()
+        admission.done(await third)
+        assert (await large).num_seqs == 4
+
+    run(main())
+
+
+def test_few_prompts_wait_in_the_engine() -> None:
+    """It takes them in the order in which they come, so the rest waits where another key can get
+    in between."""
+
+    async def turns(
+        admission: Admission, caller: Key, num_prompt_tokens: int, number: int
+    ) -> list[asyncio.Task[Turn]]:
+        turns = [
+            asyncio.create_task(admission.turn(caller, num_prompt_tokens, 5000, 1, "default"))
+            for _ in range(number)
+        ]
+        await passed()
+        return turns
+
+    async def main() -> None:
+        admission = Admission(Limits(), 32)
+        greedy = await turns(admission, key("a"), 4000, 20)
+        assert [task.done() for task in greedy] == [True] * 2 + [False] * 18
+        (single,) = await turns(admission, key("b"), 4000, 1)
+        assert not single.done()
+        admission.begun(greedy[0].result())
+        admission.begun(greedy[0].result())  # with its second token
+        await passed()
+        assert single.done() and not greedy[2].done()
+        admission.done(greedy[1].result())  # without a token
+        await passed()
+        assert greedy[2].done() and not greedy[3].done()
+        short = await turns(Admission(Limits(), 32), key("a"), 100, 20)
+        assert sum(task.done() for task in short) == NUM_TOKENS_AHEAD // 100
+        admission = Admission(Limits(), 32)
+        free = await turns(admission, key("c"), 0, 8)
+        (other,) = await turns(admission, key("a"), 5000, 1)
+        assert all(task.done() for task in [*free, other])
+        for task in greedy + short:
+            task.cancel()
 
     run(main())
 
@@ -113,14 +161,14 @@ def test_no_more_sequences_than_the_engine_computes() -> None:
 def test_who_leaves_the_queue_is_passed_over() -> None:
     async def main() -> None:
         admission = Admission(Limits(), 1)
-        await admission.turn(key("a"), 1, 1, "default")
-        gone = asyncio.create_task(admission.turn(key("a"), 1, 1, "default"))
-        stays = asyncio.create_task(admission.turn(key("a"), 1, 1, "default"))
+        first = await admission.turn(key("a"), 1, 1, 1, "default")
+        gone = asyncio.create_task(admission.turn(key("a"), 1, 1, 1, "default"))
+        stays = asyncio.create_task(admission.turn(key("a"), 1, 1, 1, "default"))
         await asyncio.sleep(0)
         gone.cancel()
         await asyncio.sleep(0)
-        admission.done(1)
-        assert await stays == 1
+        admission.done(first)
+        assert (await stays).num_seqs == 1
 
     run(main())
 
@@ -128,13 +176,13 @@ def test_who_leaves_the_queue_is_passed_over() -> None:
 def test_the_queue_has_a_deadline() -> None:
     async def main() -> None:
         admission = Admission(Limits(queue_timeout_s=0.0), 1)
-        await admission.turn(key("a"), 1, 1, "default")
+        first = await admission.turn(key("a"), 1, 1, 1, "default")
         with pytest.raises(ApiError) as caught:
-            await admission.turn(key("b"), 1, 1, "default")
+            await admission.turn(key("b"), 1, 1, 1, "default")
         assert (caught.value.status, caught.value.code) == (503, "queue_timeout")
         assert "retry-after" in caught.value.headers
-        admission.done(1)
-        assert await admission.turn(key("b"), 1, 1, "default") == 1
+        admission.done(first)
+        await admission.turn(key("b"), 1, 1, 1, "default")
 
     run(main())
 
