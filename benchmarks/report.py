@@ -137,13 +137,16 @@ LATENCIES = {
 }
 
 
+USERS = ("alone", "streams", "overload", "overload_few")
+"""Parts of a report of ``benchmarks.server_load``."""
+
+
 def load_table(report: dict[str, Any]) -> str:
     """What users saw, by how many they were."""
     times = [f"{name}, p50 / p99" for name in LATENCIES.values()]
     head = ("users", "answers", "errors", "tokens/s", *times, "refused", "refusal p99")
     lines = [_row(*head), _row(*["---"] * len(head))]
-    for name in ("alone", "streams", "overload", "overload_few"):
-        result = report[name]
+    for result in (report[name] for name in USERS if name in report):
         lines.append(
             _row(
                 result["users"],
@@ -160,7 +163,9 @@ def load_table(report: dict[str, Any]) -> str:
 
 def peer_table(report: dict[str, Any]) -> str:
     """Tael and llama-server under the same users: of each the mean of its rounds."""
-    result = report["side_by_side"]
+    result = report.get("side_by_side")
+    if result is None:
+        return ""
     head = ("", "Tael", "llama-server", "Tael / llama-server")
     lines = [_row(*head), _row(*["---"] * len(head))]
     sides = [result["tael"], result["llama-server"]]

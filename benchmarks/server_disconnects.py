@@ -15,8 +15,10 @@ import argparse
 import asyncio
 import json
 import random
+import signal
 import socket
 import struct
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -25,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.serving import NAME, Answer, Serving, charges_of, read_head, request_bytes
+from benchmarks.serving import NAME, Answer, Serving, charges_of, connect, read_head, request_bytes
 from tael.errors import TaelError
 from tael.loader.sources import resolve
 
@@ -62,7 +64,7 @@ async def client(port: int, rng: random.Random, point: str | None) -> Answer:
     answer = Answer()
     is_stream = point in POINTS[3:] or rng.random() < 0.75
     message = request_bytes(random_body(rng, is_stream))
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    reader, writer = await connect(port)
     try:
         if point == "while sending":
             writer.write(message[: rng.randrange(1, len(message))])
@@ -179,6 +181,7 @@ def main() -> None:
     parser.add_argument("--disconnects", type=int, default=2000)
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # not without the server
     with tempfile.TemporaryDirectory() as folder:
         options = ("--context", "2048", "--memory", "1GiB", "--threads", "1")
         result = run(resolve(args.model), Path(folder), args.disconnects, 1, *options)

@@ -20,6 +20,7 @@ import json
 import os
 import random
 import signal
+import sys
 import tempfile
 import time
 from contextlib import suppress
@@ -29,7 +30,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.serving import NAME, Answer, Serving, charges_of, read_head, request_bytes
+from benchmarks.serving import NAME, Answer, Serving, charges_of, connect, read_head, request_bytes
 from tael.loader.sources import resolve
 
 RESULTS = Path(__file__).with_name("results") / "server-kill.json"
@@ -47,6 +48,8 @@ class Life:
 
     answers: list[Answer] = field(default_factory=list)
     is_killed: bool = False
+    num_silent_ends: int = 0
+    """Streams that ended with neither their end nor an error, while it lived."""
 
 
 def body(rng: random.Random, max_tokens: int, is_stream: bool = True) -> dict[str, Any]:
@@ -65,7 +68,7 @@ def body(rng: random.Random, max_tokens: int, is_stream: bool = True) -> dict[st
 async def ask(port: int, body: dict[str, Any], answer: Answer) -> None:
     """Send a request and see what comes until the connection ends."""
     with suppress(OSError, asyncio.IncompleteReadError):
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        reader, writer = await connect(port)
         try:
             writer.write(request_bytes(body))
             await read_head(reader, answer)
@@ -99,9 +102,7 @@ class Killer:
             begin_s = time.perf_counter()
             await (self._kill_engine() if target == "engine" else self._kill_server())
             if target != following or self._rng.random() < 0.6:  # or it is killed as it starts
-                while self._serving.engine_pid in (None, self._killed_pid):
-                    await asyncio.sleep(0.005)
-                await asyncio.to_thread(self._serving.wait_until_ready)
+                await asyncio.to_thread(self._serving.wait_until_ready, self._killed_pid)
                 self.recovery_s[target].append(time.perf_counter() - begin_s)
         self._is_over = True
         await asyncio.gather(*clients)
@@ -112,9 +113,7 @@ class Killer:
         await asyncio.to_thread(self._serving.wait_until_ready)
 
     async def _kill_engine(self) -> None:
-        while (pid := self._serving.engine_pid) in (None, self._killed_pid):
-            await asyncio.sleep(0.001)
-        assert pid is not None
+        pid = await asyncio.to_thread(self._serving.wait_for_engine, self._killed_pid)
         self._note(pid)
         os.kill(pid, signal.SIGKILL)
 
@@ -134,11 +133,13 @@ class Killer:
     async def _client(self, number: int) -> None:
         rng = random.Random(number)
         while not self._is_over:
-            answer = Answer()
-            self.lives[-1].answers.append(answer)
+            answer, life = Answer(), self.lives[-1]
+            life.answers.append(answer)
             is_stream = rng.random() < 0.75
             max_tokens = rng.choice([20, 100, 600])
             await ask(self._serving.port, body(rng, max_tokens, is_stream), answer)
+            is_ended = answer.is_whole or answer.error
+            life.num_silent_ends += answer.status == 200 and not is_ended and not life.is_killed
             if answer.status != 200:
                 await asyncio.sleep(0.02)
 
@@ -173,13 +174,6 @@ def check(ledger: Path, lives: list[Life], recovery_s: dict[str, Any]) -> dict[s
     whole = [(a, charge) for a, charge in settled if a.is_whole]
     failed = [(a, charge) for a, charge in settled if charge.reason == "failed"]
     recovered = [(a, charge) for a, charge in settled if charge.reason == "recovered"]
-    silent = [
-        answer
-        for life in lives
-        if not life.is_killed
-        for answer in life.answers
-        if answer.status == 200 and not answer.is_whole and not answer.error
-    ]
     return {
         "requests_seen": len(seen),
         "answered_whole": len(whole),
@@ -199,7 +193,7 @@ def check(ledger: Path, lives: list[Life], recovery_s: dict[str, Any]) -> dict[s
         "recovered_and_overcharged": sum(
             charge.num_output_tokens > a.num_tokens + MAX_DELTA_TOKENS for a, charge in recovered
         ),
-        "streams_that_just_ended": len(silent),
+        "streams_that_just_ended": sum(life.num_silent_ends for life in lives),
     }
 
 
@@ -270,6 +264,7 @@ def main() -> None:
     parser.add_argument("--hangs", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # not without the server
     model = resolve(args.model)
     options = ("--context", "2048", "--memory", "1GiB", "--threads", "1")
     with tempfile.TemporaryDirectory() as folder:

@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,7 @@ import msgspec
 from benchmarks import machine
 from benchmarks.chats import Sample
 from benchmarks.peers import llama_cpp
-from benchmarks.serving import Serving, free_port, wait_until_answered
+from benchmarks.serving import Serving, free_port, responds, wait_until
 from tael.errors import TaelError
 from tael.loader.sources import resolve
 
@@ -145,7 +146,7 @@ def llama_server(model: Path, num_threads: int, options: Sequence[str]) -> Itera
     command += ["--host", "127.0.0.1", "--port", str(port), *options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        wait_until_answered(f"http://127.0.0.1:{port}/health", process)
+        wait_until(lambda: responds(f"http://127.0.0.1:{port}/health"), process)
         yield f"http://127.0.0.1:{port}"
     finally:
         process.kill()
@@ -218,7 +219,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--parts", default="users,peer", help="the others stay as they are")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # not without the server
+    model = resolve(args.model)
+    if "users" in args.parts.split(","):
+        for part in alone_and_overloaded(model, args):
+            add(args, part)
+    if "peer" in args.parts.split(","):
+        add(args, {"side_by_side": side_by_side(model, args)})
+
+
+def add(args: argparse.Namespace, part: dict[str, Any]) -> None:
+    """Put a part into the result file. Raises TaelError if that is of another machine or model."""
     versions = {llama_cpp.NAME: llama_cpp.VERSION, "locust": version("locust")}
     report = {
         **machine.stamp(),
@@ -226,16 +239,13 @@ def main() -> None:
         "model": args.model,
         "tael_options": tael_options(args.threads),
     }
-
-    def add(part: dict[str, Any]) -> None:
-        report.update(part)
-        args.output.write_text(json.dumps(report, indent=2) + "\n")
-        print(json.dumps(part, indent=2), flush=True)
-
-    model = resolve(args.model)
-    for part in alone_and_overloaded(model, args):
-        add(part)
-    add({"side_by_side": side_by_side(model, args)})
+    if args.output.exists():
+        earlier = json.loads(args.output.read_text())
+        if any(earlier[name] != report[name] for name in ("machine", "model")):
+            raise TaelError(f"{args.output} is of another machine or model; name another --output.")
+        report = {**earlier, **report}
+    args.output.write_text(json.dumps({**report, **part}, indent=2) + "\n")
+    print(json.dumps(part, indent=2), flush=True)
 
 
 if __name__ == "__main__":

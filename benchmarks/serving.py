@@ -17,7 +17,7 @@ import tempfile
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +38,9 @@ CARD = {
 
 START_S = 120.0
 """The longest that a server may take to be ready."""
+
+MAX_LINE_BYTES = 1 << 22
+"""Of an answer: one that is not streamed is a single line."""
 
 
 class Serving:
@@ -87,13 +90,23 @@ class Serving:
 
     @property
     def is_ready(self) -> bool:
-        return answers(f"{self.url}/health/ready")
+        return responds(f"{self.url}/health/ready")
 
-    def wait_until_ready(self) -> None:
-        """Raises TaelError if the server ends instead."""
+    def wait_for_engine(self, killed_pid: int | None) -> int:
+        """The process of another engine than the one that was killed. It may not be ready."""
+        assert self.process is not None
+        wait_until(lambda: self.engine_pid not in (None, killed_pid), self.process)
+        pid = self.engine_pid
+        assert pid is not None
+        return pid
+
+    def wait_until_ready(self, killed_pid: int | None = None) -> None:
+        """With another engine than the one that was killed. Raises TaelError if the server ends
+        instead, or takes too long."""
         assert self.process is not None
         try:
-            wait_until_answered(f"{self.url}/health/ready", self.process)
+            self.wait_for_engine(killed_pid)
+            wait_until(lambda: self.is_ready, self.process)
         except TaelError as error:
             raise TaelError(f"{error} {self._log.read_text()[-500:]}") from None
 
@@ -125,7 +138,7 @@ def free_port() -> int:
         return port
 
 
-def answers(url: str) -> bool:
+def responds(url: str) -> bool:
     """Whether the status is 200."""
     try:
         with urllib.request.urlopen(url, timeout=10) as response:
@@ -134,10 +147,10 @@ def answers(url: str) -> bool:
         return False
 
 
-def wait_until_answered(url: str, process: subprocess.Popen[bytes]) -> None:
-    """Raises TaelError if the process ends instead."""
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    """Raises TaelError if the process ends first, or takes too long."""
     deadline_s = time.perf_counter() + START_S
-    while not answers(url):
+    while not condition():
         if process.poll() is not None or time.perf_counter() > deadline_s:
             raise TaelError("the server did not start.")
         time.sleep(0.02)
@@ -182,6 +195,10 @@ def request_bytes(body: dict[str, Any]) -> bytes:
         f"connection: close\r\ncontent-length: {len(content)}\r\n\r\n"
     )
     return head.encode() + content
+
+
+async def connect(port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    return await asyncio.open_connection("127.0.0.1", port, limit=MAX_LINE_BYTES)
 
 
 async def read_head(reader: asyncio.StreamReader, answer: Answer) -> None:

@@ -271,18 +271,16 @@ class EngineClient:
         self._send(self.settings)
         try:
             report = await _read(reader)
+            if isinstance(report, Failed):
+                raise TaelError(report.message)
+            first = await _read(reader)
         except (asyncio.IncompleteReadError, ConnectionError) as error:
             raise TaelError(
                 "the engine process ended while it loaded the model; see the messages above, and "
                 "whether the memory was enough."
             ) from error
-        if isinstance(report, Failed):
-            raise TaelError(report.message)
-        assert isinstance(report, Ready)
-        self.ready = report
-        first = await _read(reader)
-        assert isinstance(first, Status)
-        self.status = first
+        assert isinstance(report, Ready) and isinstance(first, Status)
+        self.ready, self.status = report, first
         self._last_report_s = time.monotonic()
         return reader
 

@@ -21,7 +21,8 @@ import openai
 import pytest
 from running import MODEL, Running, eventually, running
 
-from tael.server.messages import EngineSettings
+from tael.server import engine_client
+from tael.server.messages import EngineSettings, Report
 from tael.server.serve import ServerConfig, opened
 
 ENDLESS: dict[str, Any] = {"max_tokens": 200, "extra_body": {"ignore_eos": True}}
@@ -163,6 +164,31 @@ def test_requests_of_many_prompts_survive_a_hang_uncounted(fragile: Running) -> 
         connection.close()
     eventually(lambda: is_ready(fragile) and fragile.is_idle())
     assert num_requests(fragile) == num_settled + 3
+
+
+@pytest.mark.parametrize("num_reports", [0, 1])
+def test_an_engine_that_dies_as_it_starts_is_replaced(
+    fragile: Running, monkeypatch: pytest.MonkeyPatch, num_reports: int
+) -> None:
+    """After it has connected: before it says that it is ready, or right after that."""
+    read, launch = engine_client._read, fragile.service.engine._launch
+    num_left = [num_reports]
+
+    async def cut_off(reader: asyncio.StreamReader) -> Report:
+        num_left[0] -= 1
+        if num_left[0] == -1:
+            raise asyncio.IncompleteReadError(b"", 4)
+        return await read(reader)
+
+    async def launch_cut_off() -> asyncio.StreamReader:
+        monkeypatch.setattr(engine_client, "_read", cut_off)
+        return await launch()
+
+    monkeypatch.setattr(fragile.service.engine, "_launch", launch_cut_off)
+    num_restarts, pid = fragile.service.engine.num_restarts, pid_of(fragile)
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: fragile.service.engine.num_restarts == num_restarts + 2)
+    eventually(lambda: is_ready(fragile))
 
 
 def test_no_engine_is_answered_at_once(fragile: Running) -> None:
