@@ -42,8 +42,10 @@ def test_errors_are_counted() -> None:
     result = summary([whole, cut, Sample(0, 500, end_s=1), Sample(0, 0, error="x", end_s=1)], 0, 4)
     assert (result["answers"], result["errors"]) == (1, 3)
     assert result["first_errors"] == ["a stream that just ended", "status 500", "x"]
+    nothing = summary([cut], 0, 4)
+    assert nothing["answers"] == 0 and nothing["answer_s"] is None
     with pytest.raises(TaelError, match="no answer"):
-        summary([cut], 0, 4)
+        ratios(result, nothing)
 
 
 def test_percentiles_are_values_that_were_seen() -> None:
