@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks import server_disconnects, server_kill
 
-OPTIONS = ("--context", "1024", "--memory", "600MiB", "--threads", "1")
+OPTIONS = ("--context", "1024", "--memory", "600MiB", "--threads", "1", "--drain-timeout", "10")
 
 
 def test_disconnects(model_path: Callable[[str], Path], tmp_path: Path) -> None:
@@ -16,7 +16,8 @@ def test_disconnects(model_path: Callable[[str], Path], tmp_path: Path) -> None:
     result = server_disconnects.run(model, tmp_path, 60, 7, *OPTIONS)
     assert result.pop("disconnects") == 60
     assert set(result.pop("where")) == {*server_disconnects.POINTS, "not at all"}
-    assert {"aborted", "finished"} <= set(result.pop("reasons"))
+    reasons = result.pop("reasons")
+    assert reasons["aborted"] > reasons["finished"] > 0  # cut off, most of them
     assert result.pop("requests_recorded") > 20
     assert result.pop("prompt_tokens") > 0 and result.pop("output_tokens") > 0
     assert not any(result.values()), result
