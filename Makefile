@@ -8,7 +8,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 run: $(VENV)/.installed
 	$(BIN)/tael run "In which year did China replace the tael?" --file examples/tael.txt --temperature 0 --max-tokens 64
 
-test: lint
+test: lint $(VENV)/.node
 	$(BIN)/pytest
 
 test-fast: $(VENV)/.tested
@@ -20,7 +20,7 @@ lint: $(VENV)/.tested
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) build tests/server/node/node_modules
 
 $(VENV)/.installed: $(SOURCES)
 	python3 -m venv $(VENV)
@@ -30,4 +30,9 @@ $(VENV)/.installed: $(SOURCES)
 
 $(VENV)/.tested: $(VENV)/.installed
 	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@
+
+# The official client for Node, which drives the server in tests; they are skipped without Node.
+$(VENV)/.node: $(VENV)/.installed tests/server/node/package-lock.json
+	if command -v npm > /dev/null; then npm ci --silent --prefix tests/server/node; fi
 	touch $@

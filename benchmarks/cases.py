@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from tael.evals.speed import Workload
+from tael.loader.catalogue import entries
 
 MODELS = ("smollm2:135m", "gemma3:270m", "qwen2.5-coder:0.5b", "qwen2.5-coder:1.5b")
 """Of Tael's catalogue."""
@@ -22,6 +24,11 @@ GRID = ("decode", *PREFILLS, "decode-at-8192", "decode-at-16384", "batch-16", "b
 
 GROUPS = {"grid": GRID, "depths": ("decode", *DEPTHS), "batches": tuple(BATCHES)}
 """The last two are the lines of the plots."""
+
+
+def label(model: str) -> str:
+    """What result files call a model of the catalogue, or at a path."""
+    return model.replace(":", "-") if model in entries() else Path(model).stem
 
 
 def named(names: str) -> dict[str, Workload]:

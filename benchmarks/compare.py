@@ -25,12 +25,11 @@ from statistics import median
 from typing import Any
 
 from benchmarks import machine, peers
-from benchmarks.cases import DECODE, MODELS, fitted, named
+from benchmarks.cases import DECODE, MODELS, fitted, label, named
 from tael.errors import TaelError
 from tael.evals.limits import Limits
 from tael.evals.speed import Speed, Workload, measure, token_cost
 from tael.llm import LLM
-from tael.loader.catalogue import entries
 from tael.loader.prepared import load_prepared
 from tael.loader.sources import resolve
 
@@ -128,7 +127,7 @@ def measure_model(
 ) -> None:
     """All cases of one model that fit its context, each saved as it is done."""
     path = resolve(name)
-    label = name.replace(":", "-") if name in entries() else Path(name).stem
+    model = label(name)
     weights = load_prepared(path).weights
     limits = machine.QuietMachine(num_threads)
     with ExitStack() as stack:
@@ -161,8 +160,8 @@ def measure_model(
                 "workload": asdict(workload),
                 **result,
             }
-            save(results / f"speed-{label}.json", label, case, result)
-            print(line(label, case, result), flush=True)
+            save(results / f"speed-{model}.json", model, case, result)
+            print(line(model, case, result), flush=True)
 
 
 def save(output: Path, model: str, case: str, result: dict[str, Any]) -> None:

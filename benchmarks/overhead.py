@@ -20,6 +20,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks import machine
+from benchmarks.cases import label
 from tael.engine.engine import Engine
 from tael.llm import LLM
 from tael.loader.sources import resolve
@@ -99,14 +100,15 @@ def summary(rounds: list[list[dict[str, float]]]) -> dict[str, Any]:
     }
 
 
-def measure(paths: list[Path], num_rounds: int) -> list[dict[str, Any]]:
+def measure(models: list[str], num_rounds: int) -> list[dict[str, Any]]:
     with ExitStack() as stack:
         engines: dict[str, tuple[Engine, TimedModel]] = {}
-        for path in paths:
+        for model in models:
+            path = resolve(model)
             llm = stack.enter_context(LLM(str(path), max_model_len=1024, memory="2GiB"))
             backend: Any = llm.engine.backend
             backend._native = native = TimedModel(backend._native)
-            engines[path.stem] = llm.engine, native
+            engines[label(model)] = llm.engine, native
         cases = list(product(engines, NUM_PROMPT_TOKENS, (False, True)))
         rounds: dict[tuple[str, int, bool], list[list[dict[str, float]]]] = {c: [] for c in cases}
         for i in range(num_rounds + 1):
@@ -134,7 +136,7 @@ def main() -> None:
         "date": machine.today(),
         "prompt_tokens": NUM_PROMPT_TOKENS,
         "rounds": args.rounds,
-        "results": measure([resolve(name) for name in args.models.split(",")], args.rounds),
+        "results": measure(args.models.split(","), args.rounds),
     }
     args.output.write_text(json.dumps(report, indent=2) + "\n")
     for result in report["results"]:

@@ -13,11 +13,12 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,19 @@ class Serving:
             lines = response.read().decode().splitlines()
         rows = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
         return {name.removeprefix("tael_"): float(value) for name, value in rows}
+
+
+@contextmanager
+def serving(model: Path, *options: str) -> Iterator[Serving]:
+    """A server that is ready, in a folder of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        server = Serving(model, Path(folder), *options)
+        server.start()
+        try:
+            server.wait_until_ready()
+            yield server
+        finally:
+            server.stop()
 
 
 def free_port() -> int:

@@ -217,7 +217,8 @@ template <class T> auto view(nb::handle self, const Buffer<T>& buffer, int64_t r
 
 nb::tuple forward(nb::handle_t<ModelHandle> self, Ints token_ids, Ints positions, Ints query_start,
                   const std::vector<Ints2D>& block_tables, const std::vector<Ints2D>& open_tables,
-                  Ints logits_indices, Floats temperatures, Bools full_logits, std::optional<Ints> kv_budgets) {
+                  Ints logits_indices, Floats temperatures, Bools full_logits, std::optional<Ints> kv_budgets,
+                  std::vector<std::vector<int32_t>> restored_blocks) {
   Model& model = nb::cast<ModelHandle&>(self).model;
   Batch batch{};
   batch.num_tokens = int64_t(token_ids.size());
@@ -234,6 +235,8 @@ nb::tuple forward(nb::handle_t<ModelHandle> self, Ints token_ids, Ints positions
   batch.full_logits = full_logits.data();
   if (kv_budgets && kv_budgets->size() != token_ids.size()) throw std::invalid_argument("one KV budget a token");
   batch.kv_budgets = kv_budgets ? kv_budgets->data() : nullptr;
+  batch.restored_blocks = std::move(restored_blocks);
+  if (batch.restored_blocks.empty()) batch.restored_blocks.resize(model.num_cache_groups());
   const auto tables = [&](const std::vector<Ints2D>& arrays, std::vector<Batch::BlockTable>& out) {
     for (const Ints2D& table : arrays) {
       if (int64_t(table.shape(0)) != batch.num_seqs) throw std::invalid_argument("one block table row a sequence");
@@ -262,6 +265,8 @@ NB_MODULE(_native, m) {
   m.attr("BLOCK_TOKENS") = kBlockTokens;
   m.attr("MAX_HEAD_DIM") = kMaxHeadDim;
   m.attr("MIN_BUDGET_BLOCKS") = kMinBudgetBlocks;
+  m.attr("SUPERBLOCK_BLOCKS") = kSuperblockBlocks;
+  m.attr("MIN_SCORED_SUPERBLOCKS") = num_scored_superblocks(0);
 #if defined(__clang__)
   m.attr("COMPILER") = __VERSION__;
 #else
@@ -324,6 +329,7 @@ NB_MODULE(_native, m) {
         nb::dict out;
         out["num_hits"] = c.num_hits;
         out["num_loads"] = c.num_loads;
+        out["num_prefetches"] = c.num_prefetches;
         out["num_stores"] = c.num_stores;
         out["num_errors"] = c.num_errors;
         return out;
@@ -349,8 +355,10 @@ NB_MODULE(_native, m) {
       .def("bind_tiered_kv", &ModelHandle::bind_tiered_kv, "cache_group"_a, "tiered"_a, "summaries"_a.noconvert(),
            "open_blocks"_a.noconvert())
       .def_prop_ro("workspace_bytes", [](const ModelHandle& self) { return self.model.workspace_bytes(); })
+      .def_prop_ro("superblock_bytes", [](const ModelHandle& self) { return self.model.superblock_bytes(); })
       .def("forward", &forward, "token_ids"_a, "positions"_a, "query_start"_a, "block_tables"_a, "open_tables"_a,
-           "logits_indices"_a, "temperatures"_a, "full_logits"_a, "kv_budgets"_a = nb::none())
+           "logits_indices"_a, "temperatures"_a, "full_logits"_a, "kv_budgets"_a = nb::none(),
+           "restored_blocks"_a = nb::make_tuple())
       .def("draw", [](const ModelHandle& self, int64_t row, double uniform) {
         const Candidate drawn = self.model.draw(row, uniform);
         return nb::make_tuple(drawn.token_id, drawn.logit);

@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 BLOCK_TOKENS: int
 MAX_HEAD_DIM: int
 MIN_BUDGET_BLOCKS: int
+SUPERBLOCK_BLOCKS: int
+MIN_SCORED_SUPERBLOCKS: int
 COMPILER: str
 
 def supported_isas() -> list[str]:
@@ -102,6 +104,8 @@ class Model:
     ) -> None: ...
     @property
     def workspace_bytes(self) -> int: ...
+    @property
+    def superblock_bytes(self) -> int: ...
     def forward(
         self,
         token_ids: NDArray[np.int32],
@@ -113,6 +117,7 @@ class Model:
         temperatures: NDArray[np.float32],
         full_logits: NDArray[np.bool_],
         kv_budgets: NDArray[np.int32] | None = None,
+        restored_blocks: Sequence[Sequence[int]] = (),
     ) -> tuple[
         NDArray[np.int32],
         NDArray[np.float32],

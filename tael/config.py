@@ -17,6 +17,12 @@ NUM_SINK_BLOCKS, NUM_RECENT_BLOCKS = 4, 4
 MIN_BUDGET_BLOCKS = NUM_SINK_BLOCKS + NUM_RECENT_BLOCKS + 1
 """With the one that the query is in."""
 
+SUPERBLOCK_BLOCKS = 32
+"""Complete blocks in a row that have a key summary together."""
+
+MIN_SCORED_SUPERBLOCKS = 32
+"""A query looks at the blocks of so many superblocks at least: up to 32,768 tokens at all."""
+
 SLOT_ALIGNMENT = 512
 """What moves between memory and disk is a multiple of so many bytes: direct I/O asks for it."""
 

@@ -148,7 +148,7 @@ class RoundingReference(ReferenceBackend):
         keys, values = (np.repeat(x, repeats, axis=1).transpose(1, 0, 2) for x in (k, v))
         queries = bf16(np.float32(scale * np.log2(np.e)) * q).transpose(1, 0, 2)  # [H, T, D]
         distance = query_positions[:, None] - key_positions
-        visible = (distance >= 0) & (distance < (window or MAX_MODEL_LEN))
+        visible = (distance >= 0) & (distance < (window or np.iinfo(np.int32).max))
         maximum = np.full((num_heads, num_tokens, 1), -np.inf, np.float32)
         total = np.zeros((num_heads, num_tokens, 1), np.float32)
         mixed = np.zeros(queries.shape, np.float32)

@@ -61,6 +61,10 @@ class Running:
     def http(self) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=60)
 
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
     def is_idle(self) -> bool:
         """Whether no request is held, and no KV block."""
         status = self.service.engine.status

@@ -21,6 +21,7 @@ AttentionWorkspace::AttentionWorkspace(const Limits& limits, int num_threads,
     shared = std::max(shared, plan.shared_floats());
   }
   q = Rows(limits.max_tokens, q_columns);
+  next_q = Rows(selects ? kReplicatedTokens : 0, q_columns);
   out = Rows(limits.max_tokens, q_columns);
   k = Rows(limits.max_tokens, kv_columns);
   v = Rows(limits.max_tokens, kv_columns);
@@ -34,18 +35,21 @@ AttentionWorkspace::AttentionWorkspace(const Limits& limits, int num_threads,
 }
 
 int64_t AttentionWorkspace::bytes() const {
-  int64_t bytes = q.bytes() + k.bytes() + v.bytes() + out.bytes() + shared_states.bytes();
+  int64_t bytes = q.bytes() + next_q.bytes() + k.bytes() + v.bytes() + out.bytes() + shared_states.bytes();
   for (const Scratch& s : scratch)
     bytes += s.states.bytes() + s.head.bytes() + s.q.bytes() + s.unpacked.bytes() + s.slots.bytes() + s.selection.bytes();
   return bytes;
 }
 
 void AttentionLayer::attend(const Step& step, const LinearInput& x, const RopeTable& rope, AttentionPlan& plan,
-                            AttentionWorkspace& ws) const {
+                            AttentionWorkspace& ws, const Forecast* next) const {
   linear(step.pool, step.thread, step.kernels, x,
          {{&weights_.q, ws.q.row(0), ws.q.columns()},
           {&weights_.k, ws.k.row(0), ws.k.columns()},
           {&weights_.v, ws.v.row(0), ws.v.columns()}});
+  if (next)
+    linear(step.pool, step.thread, step.kernels, next->x,
+           {{&next->layer->weights_.q, ws.next_q.row(0), ws.next_q.columns()}});
   // In a decode step a piece appends the keys and values that it is the first to read.
   if (!step.batch.is_decode()) {
     const int num_kv_heads = config_.shape.num_kv_heads;
@@ -55,8 +59,25 @@ void AttentionLayer::attend(const Step& step, const LinearInput& x, const RopeTa
         append(step, rope, ws, token, int(item % num_kv_heads));
     });
   }
-  step.pool.parallel_for(step.thread, int64_t(plan.pieces().size()),
-                         [&](int64_t i) { run_piece(step, rope, plan, ws, plan.pieces()[i]); });
+  const std::vector<Superblocks::Missing>& missing = superblocks_->missing();
+  if (config_.key_summaries && !missing.empty()) {
+    const int num_kv_heads = config_.shape.num_kv_heads;
+    const KVPool rows = superblocks_->pool(config_.first_head);
+    step.pool.parallel_for(step.thread, int64_t(missing.size()) * num_kv_heads, [&](int64_t item) {
+      const Superblocks::Missing& superblock = missing[item / num_kv_heads];
+      const int kv_head = int(item % num_kv_heads);
+      merge_summaries(superblock.blocks, kSuperblockBlocks, summaries_.head(0, kv_head), summaries_.block_bytes,
+                      config_.shape.head_dim, (uint16_t*)rows.head(superblock.row, kv_head));
+    });
+  }
+  const int next_heads = next ? next->layer->config_.shape.num_kv_heads : 0;
+  const int64_t num_forecasts = step.batch.num_seqs * next_heads;
+  step.pool.parallel_for(step.thread, num_forecasts + int64_t(plan.pieces().size()), [&](int64_t i) {
+    if (i < num_forecasts)
+      next->layer->prefetch(step, *next->rope, ws, int32_t(i / next_heads), int32_t(i % next_heads));
+    else
+      run_piece(step, rope, plan, ws, plan.pieces()[i - num_forecasts]);
+  });
 }
 
 namespace {
@@ -122,26 +143,62 @@ void AttentionLayer::attend_whole(const Step& step, const AttentionTask& task, i
   }
 }
 
-// The task of a token over `budget` blocks: as if the sequence had no others.
-AttentionTask AttentionLayer::select(const Step& step, const AttentionTask& task, int budget,
+// The task of a token over `budget` blocks: as if the sequence had no others. These are the sinks, the recent
+// ones, and the best of those between; of superblocks and of blocks with equal scores the earliest.
+AttentionTask AttentionLayer::select(const Step& step, const AttentionTask& task, int32_t seq, int budget,
                                      BlockSelection& selection) const {
-  const int num_blocks = task.first_position / kBlockTokens;
-  step.kernels.score_blocks(task, summaries_.head(0, task.kv_head), summaries_.block_bytes, num_blocks,
-                            selection.scores.data());
+  const int first = kSinkBlocks, last = task.first_position / kBlockTokens - kRecentBlocks;
+  const int num_scored = budget - kMinBudgetBlocks;
+  int32_t* end = std::copy_n(task.block_table, first, selection.chosen.data());
+  if (num_scored > 0) {
+    AttentionTask candidates = task;
+    candidates.block_table = selection.candidates.data();
+    const int num_candidates = find_candidates(step, task, seq, budget, first, last, selection);
+    step.kernels.score_blocks(candidates, summaries_.head(0, task.kv_head), summaries_.block_bytes, num_candidates,
+                              selection.scores.data());
+    selection.find_best(num_candidates, num_scored);
+    for (int i = 0; i < num_scored; ++i) *end++ = selection.candidates.data()[selection.best.data()[i]];
+  }
+  end = std::copy_n(task.block_table + last, kRecentBlocks, end);
   AttentionTask chosen = task;
-  const int num_chosen = select_blocks(selection, task.block_table, num_blocks, budget);
   chosen.block_table = selection.chosen.data();
-  chosen.first_position = num_chosen * kBlockTokens + task.first_position % kBlockTokens;
+  chosen.first_position = int(end - chosen.block_table) * kBlockTokens + task.first_position % kBlockTokens;
   return chosen;
 }
 
-void AttentionLayer::run_piece(const Step& step, const RopeTable& rope, AttentionPlan& plan,
-                               AttentionWorkspace& ws, const AttentionPiece& piece) const {
-  const Kernels& kernels = step.kernels;
-  AttentionWorkspace::Scratch& scratch = ws.scratch[step.thread];
+// Of the blocks from `first` to `last` - 1, those of the best superblocks and those in none yet. Returns their number.
+int AttentionLayer::find_candidates(const Step& step, const AttentionTask& task, int32_t seq, int budget, int first,
+                                    int last, BlockSelection& selection) const {
+  int32_t* end = selection.candidates.data();
+  const auto add = [&](int from, int to) {
+    from = std::max(from, first);
+    to = std::min(to, last);
+    if (from < to) end = std::copy(task.block_table + from, task.block_table + to, end);
+  };
+  const int num_superblocks = (last + kRecentBlocks) / kSuperblockBlocks, most = num_scored_superblocks(budget);
+  if (num_superblocks <= most) {
+    add(first, last);
+  } else {
+    AttentionTask superblocks = task;
+    superblocks.block_table = superblocks_->rows(seq);
+    const KVPool rows = superblocks_->pool(config_.first_head);
+    step.kernels.score_blocks(superblocks, rows.head(0, task.kv_head), rows.block_bytes, num_superblocks,
+                              selection.scores.data());
+    selection.find_best(num_superblocks, most);
+    for (int i = 0; i < most; ++i) {
+      const int block = selection.best.data()[i] * kSuperblockBlocks;
+      add(block, block + kSuperblockBlocks);
+    }
+    add(num_superblocks * kSuperblockBlocks, last);
+  }
+  return int(end - selection.candidates.data());
+}
+
+AttentionTask AttentionLayer::task_of(const Step& step, const AttentionPiece& piece,
+                                      const AttentionWorkspace::Scratch& scratch) const {
   const AttentionShape& shape = config_.shape;
   const int32_t first_position = step.batch.positions[piece.first_token];
-  const AttentionTask task = {
+  return {
       .complete = &complete_,
       .format = config_.kv_format,
       .block_table = step.batch.block_tables[config_.cache_group].row(piece.seq),
@@ -155,12 +212,32 @@ void AttentionLayer::run_piece(const Step& step, const RopeTable& rope, Attentio
       .window = shape.window,
       .q = scratch.q.data(),
   };
+}
+
+// What the guessed queries of a decode step would read.
+void AttentionLayer::prefetch(const Step& step, const RopeTable& rope, AttentionWorkspace& ws, int32_t seq,
+                              int32_t kv_head) const {
+  const int32_t token = step.batch.query_start[seq], budget = step.batch.kv_budgets[token];
+  if (budget == 0 || step.batch.positions[token] / kBlockTokens < budget) return;
+  AttentionWorkspace::Scratch& scratch = ws.scratch[step.thread];
+  const AttentionPiece piece = {seq, kv_head, token, 1, 0, 0, -1, budget};
+  prepare_queries(step, rope, ws, ws.next_q, piece);
+  const AttentionTask chosen = select(step, task_of(step, piece, scratch), seq, budget, scratch.selection);
+  tiered_->prefetch(config_.first_head + kv_head, chosen.block_table, chosen.first_position / kBlockTokens);
+}
+
+void AttentionLayer::run_piece(const Step& step, const RopeTable& rope, AttentionPlan& plan,
+                               AttentionWorkspace& ws, const AttentionPiece& piece) const {
+  const Kernels& kernels = step.kernels;
+  AttentionWorkspace::Scratch& scratch = ws.scratch[step.thread];
+  const AttentionShape& shape = config_.shape;
+  const AttentionTask task = task_of(step, piece, scratch);
   if (step.batch.is_decode() && task.first_position / kPartitionTokens == piece.last_partition - 1)
     append(step, rope, ws, piece.first_token, piece.kv_head);
-  prepare_queries(step, rope, ws, piece);
+  prepare_queries(step, rope, ws, ws.q, piece);
 
   if (piece.budget > 0) {
-    const AttentionTask chosen = select(step, task, piece.budget, scratch.selection);
+    const AttentionTask chosen = select(step, task, piece.seq, piece.budget, scratch.selection);
     attend_whole(step, chosen, 0, chosen.first_position / kPartitionTokens + 1, scratch);
     finish(piece, chosen, step, ws, scratch.states.data());
     return;
@@ -195,7 +272,7 @@ void AttentionLayer::finish(const AttentionPiece& piece, const AttentionTask& ta
 
 // The queries of a piece as the kernels take them, into the thread's scratch.
 void AttentionLayer::prepare_queries(const Step& step, const RopeTable& rope, const AttentionWorkspace& ws,
-                                     const AttentionPiece& piece) const {
+                                     const Rows& q, const AttentionPiece& piece) const {
   constexpr float kLog2E = 1.44269504088896341f;
   const Kernels& kernels = step.kernels;
   const AttentionWorkspace::Scratch& scratch = ws.scratch[step.thread];
@@ -204,7 +281,7 @@ void AttentionLayer::prepare_queries(const Step& step, const RopeTable& rope, co
   uint16_t* out = scratch.q.data();
   for (int64_t token = piece.first_token; token < piece.first_token + piece.num_tokens; ++token)
     for (int64_t h = piece.kv_head * heads; h < (piece.kv_head + 1) * heads; ++h, out += head_dim) {
-      memcpy(head, ws.q.row(token) + h * head_dim, head_dim * sizeof(float));
+      memcpy(head, q.row(token) + h * head_dim, head_dim * sizeof(float));
       if (weights_.q_bias) kernels.add(head, weights_.q_bias.data() + h * head_dim, head_dim);
       if (weights_.q_norm) kernels.rms_norm(head, weights_.q_norm.data(), head_dim, config_.norm_eps, head);
       kernels.rope(head, rope.cos_of(token), rope.sin_of(token), rope.num_pairs());

@@ -4,6 +4,7 @@
 #include "kernels/key_summary/key_summary.hpp"
 #include "model/attention_plan.hpp"
 #include "model/block_selection.hpp"
+#include "model/superblocks.hpp"
 #include "tiers/tiered_pool.hpp"
 
 namespace tael {
@@ -45,8 +46,19 @@ struct AttentionWorkspace {
     int64_t state_floats;     // of one set
   };
   Rows q, k, v, out;
+  Rows next_q;  // of few tokens: see Forecast
   std::vector<Scratch> scratch;  // per thread
   Buffer<float> shared_states;
+};
+
+class AttentionLayer;
+
+// What a layer can know of the next: the queries that its input would have there, since the residual stream
+// changes little from layer to layer (InfiniGen, arXiv:2406.19707).
+struct Forecast {
+  const AttentionLayer* layer;
+  LinearInput x;
+  const RopeTable* rope;
 };
 
 class AttentionLayer {
@@ -57,33 +69,44 @@ class AttentionLayer {
   const AttentionConfig& config() const { return config_; }
   const AttentionWeights& weights() const { return weights_; }
   // `open` is the pool of blocks that are being filled; without one (data null), these are blocks
-  // of `complete` too. `summaries` are those of a block's heads.
-  void bind_kv(const KVPool& complete, const KVPool& open, const KVPool& summaries) {
+  // of `complete` too. `summaries` are those of a block's heads, `superblocks` those of the group.
+  void bind_kv(const KVPool& complete, const KVPool& open, const KVPool& summaries, const Superblocks* superblocks) {
     complete_ = complete;
     open_ = open;
     summaries_ = summaries;
+    superblocks_ = superblocks;
     tiered_ = nullptr;
   }
   // Complete blocks in a tiered pool: `complete` are its slots.
-  void bind_kv(TieredPool* tiered, const KVPool& open, const KVPool& summaries) {
-    bind_kv({tiered->data(), tiered->slot_bytes(), 0, head_bytes()}, open, summaries);
+  void bind_kv(TieredPool* tiered, const KVPool& open, const KVPool& summaries, const Superblocks* superblocks) {
+    bind_kv({tiered->data(), tiered->slot_bytes(), 0, head_bytes()}, open, summaries, superblocks);
     tiered_ = tiered;
   }
   int64_t head_bytes() const { return kv_head_bytes(config_.kv_format, config_.shape.head_dim); }
 
-  // ws.out = attention(x), before the output projection. Called by every thread.
+  // ws.out = attention(x), before the output projection. Called by every thread. Meanwhile the blocks that the
+  // next layer is likely to read are brought into memory, if there is a forecast (null if not).
   void attend(const Step& step, const LinearInput& x, const RopeTable& rope, AttentionPlan& plan,
-              AttentionWorkspace& ws) const;
+              AttentionWorkspace& ws, const Forecast* next) const;
+  // Whether a step reads some of its blocks in memory, which others of the step before may have left on disk.
+  bool takes_forecasts(const Step& step) const {
+    return tiered_ && config_.key_summaries && step.batch.kv_budgets && step.replicated() && step.batch.is_decode();
+  }
 
  private:
   void run_piece(const Step& step, const RopeTable& rope, AttentionPlan& plan, AttentionWorkspace& ws,
                  const AttentionPiece& piece) const;
   void finish(const AttentionPiece& piece, const AttentionTask& task, const Step& step, const AttentionWorkspace& ws,
               const float* states) const;
-  void prepare_queries(const Step& step, const RopeTable& rope, const AttentionWorkspace& ws,
+  void prefetch(const Step& step, const RopeTable& rope, AttentionWorkspace& ws, int32_t seq, int32_t kv_head) const;
+  void prepare_queries(const Step& step, const RopeTable& rope, const AttentionWorkspace& ws, const Rows& q,
                        const AttentionPiece& piece) const;
+  AttentionTask task_of(const Step& step, const AttentionPiece& piece, const AttentionWorkspace::Scratch& scratch) const;
   void append(const Step& step, const RopeTable& rope, const AttentionWorkspace& ws, int64_t token, int kv_head) const;
-  AttentionTask select(const Step& step, const AttentionTask& task, int budget, BlockSelection& selection) const;
+  AttentionTask select(const Step& step, const AttentionTask& task, int32_t seq, int budget,
+                       BlockSelection& selection) const;
+  int find_candidates(const Step& step, const AttentionTask& task, int32_t seq, int budget, int first, int last,
+                      BlockSelection& selection) const;
   void attend_whole(const Step& step, const AttentionTask& task, int first_partition, int last_partition,
                     const AttentionWorkspace::Scratch& scratch) const;
   // Of a complete block, or of the slot that its head is in.
@@ -94,6 +117,7 @@ class AttentionLayer {
   AttentionConfig config_;
   AttentionWeights weights_;
   KVPool complete_{}, open_{}, summaries_{};
+  const Superblocks* superblocks_ = nullptr;
   TieredPool* tiered_ = nullptr;
 };
 

@@ -1,7 +1,7 @@
 // Which complete blocks a query reads under a budget.
 #pragma once
 
-#include <vector>
+#include <algorithm>
 
 #include "model/linear.hpp"
 
@@ -12,18 +12,23 @@ namespace tael {
 constexpr int kSinkBlocks = 4, kRecentBlocks = 4;
 constexpr int kMinBudgetBlocks = kSinkBlocks + kRecentBlocks + 1;  // with the one that the query is in
 
+// Superblocks whose blocks are scored, where a sequence has more than that. They hold at least four times the
+// budget, and up to 32,768 tokens every block is scored.
+constexpr int num_scored_superblocks(int budget) { return std::max(32, budget / 8); }
+
 // Room of one thread for the blocks of one query.
 struct BlockSelection {
-  Buffer<float> scores;    // of all complete blocks
-  Buffer<int32_t> chosen;  // then a block table of those that are read
+  Buffer<float> scores;        // of superblocks, then of candidates
+  Buffer<int32_t> best;        // indices of the highest of them
+  Buffer<int32_t> candidates;  // entries of a block table
+  Buffer<int32_t> chosen;      // likewise, of the blocks that are read
 
-  explicit BlockSelection(int64_t max_blocks) : scores(max_blocks), chosen(max_blocks + 1) {}
-  int64_t bytes() const { return scores.bytes() + chosen.bytes(); }
+  explicit BlockSelection(int64_t max_blocks)
+      : scores(max_blocks), best(max_blocks), candidates(max_blocks), chosen(max_blocks + 1) {}
+  int64_t bytes() const { return scores.bytes() + best.bytes() + candidates.bytes() + chosen.bytes(); }
+
+  // The `count` highest of `num` scores, of equal ones the first, ascending in `best`. NaN is the highest.
+  void find_best(int num, int count);
 };
-
-// Chooses `budget` - 1 of the num_blocks complete blocks of a sequence: the sinks, the recent ones, and
-// those of the highest score, of equal ones the earliest. Writes their entries of the block table in
-// ascending order to selection.chosen; returns their number. A score that is NaN comes first.
-int select_blocks(BlockSelection& selection, const int32_t* block_table, int num_blocks, int budget);
 
 }  // namespace tael

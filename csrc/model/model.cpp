@@ -30,31 +30,35 @@ void Model::add_layer(AttentionConfig attention, AttentionWeights weights, Dense
   if (attention.cache_group >= num_cache_groups()) {
     pools_.resize(attention.cache_group + 1);
     open_pools_.resize(attention.cache_group + 1);
+    superblocks_.resize(attention.cache_group + 1);
   }
   unpacks_ |= attention.kv_format != KVFormat::BF16;
   selects_ |= attention.key_summaries;
   layers_.push_back({AttentionLayer(attention, std::move(weights)), std::move(ffn), std::move(norms)});
 }
 
-Model::Stream::Stream(int64_t max_tokens, const Model& model)
+Model::Stream::Stream(int64_t max_tokens, bool has_forecasts, const Model& model)
     : hidden(max_tokens, model.config_.hidden_size), normed(max_tokens, model.config_.hidden_size) {
   int64_t columns = model.config_.hidden_size;  // attention's output passes through here as well
   for (const AttentionShape& shape : model.shapes_)
     columns = std::max(columns, int64_t(shape.num_heads) * shape.head_dim);
   quantized = QuantizedBuffer(max_tokens, columns);
+  if (!has_forecasts) return;
+  next_normed = Rows(max_tokens, model.config_.hidden_size);
+  next_quantized = QuantizedBuffer(max_tokens, model.config_.hidden_size);
 }
 
 int64_t Model::Stream::bytes() const {
-  return hidden.bytes() + normed.bytes() + quantized.bytes();
+  return hidden.bytes() + normed.bytes() + quantized.bytes() + next_normed.bytes() + next_quantized.bytes();
 }
 
 Model::Workspace::Workspace(const Limits& limits, int num_threads, const Model& model)
     : update(limits.max_tokens, model.config_.hidden_size),
       attention(limits, num_threads, model.plans_, model.unpacks_, model.selects_),
       dense(model.dense_workspace(limits)),
-      shared(limits.max_tokens, model),
+      shared(limits.max_tokens, false, model),
       token_seq(limits.max_tokens) {
-  for (int t = 0; t < num_threads; ++t) replicas.emplace_back(kReplicatedTokens, model);
+  for (int t = 0; t < num_threads; ++t) replicas.emplace_back(kReplicatedTokens, model.selects_, model);
 }
 
 DenseWorkspace Model::dense_workspace(const Limits& limits) const {
@@ -88,6 +92,12 @@ int64_t Model::workspace_bytes() const {
   return bytes;
 }
 
+int64_t Model::superblock_bytes() const {
+  int64_t bytes = 0;
+  for (const Superblocks& superblocks : superblocks_) bytes += superblocks.bytes();
+  return bytes;
+}
+
 namespace {
 
 // One layer's part of a pool, which holds `bytes` from `offset` on.
@@ -103,7 +113,25 @@ KVPool open_part(const BlockPool& open, const AttentionConfig& config) {
 
 }  // namespace
 
+// For the layers of a group that have summaries.
+const Superblocks* Model::make_superblocks(int cache_group, int64_t num_blocks) {
+  if (!ws_) throw std::logic_error("allocate() comes before bind_kv()");
+  int num_heads = 0;
+  int64_t bytes = 0;
+  bool selects = false;
+  for (const Layer& layer : layers_) {
+    const AttentionConfig& config = layer.attention.config();
+    if (config.cache_group != cache_group) continue;
+    selects |= config.key_summaries;
+    num_heads = std::max(num_heads, config.first_head + config.shape.num_kv_heads);
+    bytes = std::max(bytes, summary_bytes(config.shape.head_dim));
+  }
+  superblocks_.at(cache_group) = Superblocks(selects ? num_blocks : 0, limits_, num_heads, bytes);
+  return &superblocks_[cache_group];
+}
+
 void Model::bind_kv(int cache_group, const BlockPool& blocks, const BlockPool& open) {
+  const Superblocks* superblocks = make_superblocks(cache_group, blocks.num_blocks);
   for (Layer& layer : layers_) {
     const AttentionConfig& config = layer.attention.config();
     if (config.cache_group != cache_group) continue;
@@ -113,7 +141,7 @@ void Model::bind_kv(int cache_group, const BlockPool& blocks, const BlockPool& o
     const int64_t summary = config.key_summaries ? summary_bytes(config.shape.head_dim) : 0;
     layer.attention.bind_kv(
         part(blocks, config.layer_offset, num_heads * (head_bytes + summary), head_bytes), open_part(open, config),
-        part(blocks, config.layer_offset + num_heads * head_bytes, num_heads * summary, summary));
+        part(blocks, config.layer_offset + num_heads * head_bytes, num_heads * summary, summary), superblocks);
   }
   pools_.at(cache_group) = blocks;
   open_pools_.at(cache_group) = open;
@@ -121,6 +149,7 @@ void Model::bind_kv(int cache_group, const BlockPool& blocks, const BlockPool& o
 
 void Model::bind_kv(int cache_group, TieredPool* tiered, const BlockPool& summaries, const BlockPool& open) {
   if (open.num_blocks == 0) throw std::invalid_argument("blocks that are being filled need a pool");
+  const Superblocks* superblocks = make_superblocks(cache_group, tiered->num_blocks());
   for (Layer& layer : layers_) {
     const AttentionConfig& config = layer.attention.config();
     if (config.cache_group != cache_group) continue;
@@ -131,7 +160,7 @@ void Model::bind_kv(int cache_group, TieredPool* tiered, const BlockPool& summar
         summary > stride || (summary > 0 && summaries.num_blocks < tiered->num_blocks()))
       throw std::invalid_argument("the tiered pool is too small");
     layer.attention.bind_kv(tiered, open_part(open, config),
-                            part(summaries, config.first_head * stride, num_heads * stride, stride));
+                            part(summaries, config.first_head * stride, num_heads * stride, stride), superblocks);
   }
   pools_.at(cache_group) = {tiered->data(), tiered->num_blocks(), 0};
   open_pools_.at(cache_group) = open;
@@ -146,6 +175,10 @@ void Model::check(const Batch& batch) const {
   require(batch.num_seqs >= 1 && batch.num_seqs <= limits_.max_seqs, "too many sequences in a step");
   require(batch.num_logits <= std::min(limits_.max_logits, batch.num_tokens), "too many logits in a step");
   require(int(batch.block_tables.size()) == num_cache_groups(), "wrong number of block tables");
+  require(int(batch.restored_blocks.size()) == num_cache_groups(), "wrong number of lists of restored blocks");
+  for (size_t group = 0; group < pools_.size(); ++group)
+    for (const int32_t block : batch.restored_blocks[group])
+      require(block >= 0 && block < pools_[group].num_blocks, "restored block outside the pool");
   require(batch.query_start[0] == 0 && batch.query_start[batch.num_seqs] == batch.num_tokens,
           "query_start does not cover the tokens");
   for (int64_t i = 0; i < batch.num_logits; ++i) {
@@ -195,6 +228,8 @@ const HeadOutput& Model::forward(Batch batch) {
     for (int32_t t = batch.query_start[s]; t < batch.query_start[s + 1]; ++t) ws_->token_seq[t] = int32_t(s);
   batch.token_seq = ws_->token_seq.data();
   for (AttentionPlan& plan : plans_) plan.prepare(batch);
+  for (size_t group = 0; group < superblocks_.size(); ++group)
+    superblocks_[group].prepare(batch, batch.block_tables[group], batch.restored_blocks[group]);
   pool_.run([&](int thread) { step({batch, kernels_, pool_, thread}); });
   return lm_head_.output();
 }
@@ -210,8 +245,11 @@ void Model::step(const Step& s) {
     const Layer& layer = layers_[i];
     const AttentionLayer& attention = layer.attention;
     const AttentionConfig& config = attention.config();
+    Forecast next{};
+    const bool has_next = i + 1 < layers_.size() && layers_[i + 1].attention.takes_forecasts(s);
+    if (has_next) next = forecast(s, layers_[i + 1]);
     attention.attend(s, input(s, stream(s).normed.floats(num_tokens)), ropes_[config.rope], plans_[config.plan],
-                     ws_->attention);
+                     ws_->attention, has_next ? &next : nullptr);
     const LinearInput attended = input(s, ws_->attention.out.floats(num_tokens));
     if (!is_float(attention.weights().o.format))
       s.for_tokens(num_tokens, [&](int64_t t) {
@@ -231,6 +269,20 @@ const Model::Stream& Model::stream(const Step& s) const {
 
 LinearInput Model::input(const Step& s, const FloatRows& floats) const {
   return {floats, stream(s).quantized.rows(s.batch.num_tokens, floats.columns)};
+}
+
+// As if this layer left the residual stream as it is. By every thread for itself.
+Forecast Model::forecast(const Step& s, const Layer& next) const {
+  const Stream& stream = this->stream(s);
+  const int64_t num_tokens = s.batch.num_tokens;
+  const LinearInput x = {stream.next_normed.floats(num_tokens),
+                         stream.next_quantized.rows(num_tokens, stream.next_normed.columns())};
+  for (int64_t t = 0; t < num_tokens; ++t) {
+    float* row = stream.next_normed.row(t);
+    kernels_.rms_norm(stream.hidden.row(t), next.norms.mixer.data(), config_.hidden_size, config_.norm_eps, row);
+    kernels_.quantize(row, 0, x.quantized.num_groups, x.quantized, t);
+  }
+  return {&next.attention, x, &ropes_[next.attention.config().rope]};
 }
 
 // Token embeddings into the residual stream, and their first norm.

@@ -54,6 +54,7 @@ class Model {
   const ModelConfig& config() const { return config_; }
   int num_cache_groups() const { return int(pools_.size()); }
   int64_t workspace_bytes() const;
+  int64_t superblock_bytes() const;
 
  private:
   struct Layer {
@@ -64,10 +65,12 @@ class Model {
   // The residual stream and what linear layers read of it: one for all threads, and a small one
   // for each, of the steps in which they do the same work (Step::replicated).
   struct Stream {
-    Stream(int64_t max_tokens, const Model& model);
+    Stream(int64_t max_tokens, bool has_forecasts, const Model& model);
     int64_t bytes() const;
     Rows hidden, normed;
     QuantizedBuffer quantized;
+    Rows next_normed;  // of a Forecast
+    QuantizedBuffer next_quantized;
   };
   // Buffers of one step.
   struct Workspace {
@@ -81,10 +84,12 @@ class Model {
   };
 
   DenseWorkspace dense_workspace(const Limits& limits) const;
+  const Superblocks* make_superblocks(int cache_group, int64_t num_blocks);
   void check(const Batch& batch) const;
   void step(const Step& step);
   const Stream& stream(const Step& step) const;
   LinearInput input(const Step& step, const FloatRows& floats) const;
+  Forecast forecast(const Step& step, const Layer& next) const;
   void embed(const Step& step);
   void norm_token(const Step& step, const Vector& norm, int64_t token);
   void add_and_norm(const Step& step, const Vector& bias, const Vector& post_norm, const Vector& norm);
@@ -101,6 +106,7 @@ class Model {
   std::vector<AttentionShape> shapes_;
   std::vector<Layer> layers_;
   std::vector<BlockPool> pools_, open_pools_;  // per cache group
+  std::vector<Superblocks> superblocks_;       // likewise
   bool unpacks_ = false;  // blocks of some layer are compressed
   bool selects_ = false;  // or have summaries
   std::unique_ptr<Workspace> ws_;

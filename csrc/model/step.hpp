@@ -36,6 +36,7 @@ struct Batch {
   const int32_t* kv_budgets;  // per token, blocks that its queries read; 0: all. Null: all of all
   std::vector<BlockTable> block_tables;  // one per cache group
   std::vector<BlockTable> open_tables;   // likewise, if some group fills blocks in a pool of their own
+  std::vector<std::vector<int32_t>> restored_blocks;  // per cache group
 
   // One token per sequence: none reads what another of this step appends to the KV cache.
   bool is_decode() const { return num_tokens == num_seqs; }

@@ -118,6 +118,29 @@ void TieredPool::pin(const int64_t* keys, int n, int32_t* slots) {
   file_.submit(loads, num_loads);
 }
 
+void TieredPool::prefetch(int head, const int32_t* blocks, int n) {
+  FileOp loads[kMaxPinned];
+  int num_loads = 0;
+  {
+    const Lock lock(mutex_);
+    for (int i = 0; i < n && num_loads < kMaxPinned && num_in_flight_ < kMaxInFlight; ++i) {
+      const int64_t key = int64_t(blocks[i]) * heads_per_block_ + head;
+      if (slot_of_[key] >= 0) {
+        states_[slot_of_[key]].is_recent = true;
+        continue;
+      }
+      const int32_t slot = find_slot();
+      if (slot < 0) break;
+      slot_of_[key] = slot;
+      states_[slot] = {key, 0, State::Loading, true};
+      loads[num_loads++] = op(false, slot);
+      ++num_in_flight_;
+    }
+    counters_.num_prefetches += num_loads;
+  }
+  file_.submit(loads, num_loads);
+}
+
 void TieredPool::wait(const int32_t* slots, int n) {
   Lock lock(mutex_);
   for (int i = 0; i < n; ++i)
@@ -190,27 +213,28 @@ void TieredPool::write_block(int32_t block, const uint8_t* in) {
   }
 }
 
-// A free slot, or the next that may be given away. What it held is forgotten.
-int32_t TieredPool::take_slot(Lock& lock) {
-  const auto sweep = [&]() -> int32_t {
-    for (size_t i = 0; i < 2 * states_.size(); ++i) {
-      const int32_t at = int32_t(hand_);
-      hand_ = hand_ + 1 < int64_t(states_.size()) ? hand_ + 1 : 0;
-      Slot& slot = states_[at];
-      if (slot.num_pins > 0 || (slot.state != State::Free && slot.state != State::Ready)) continue;
-      if (slot.is_recent && slot.state == State::Ready) {
-        slot.is_recent = false;
-        continue;
-      }
-      if (slot.state == State::Ready) slot_of_[slot.key] = -1;
-      slot = {-1, 0, State::Filling, false};
-      return at;
+// A free slot, or the next that may be given away; -1 if there is none. What it held is forgotten.
+int32_t TieredPool::find_slot() {
+  for (size_t i = 0; i < 2 * states_.size(); ++i) {
+    const int32_t at = int32_t(hand_);
+    hand_ = hand_ + 1 < int64_t(states_.size()) ? hand_ + 1 : 0;
+    Slot& slot = states_[at];
+    if (slot.num_pins > 0 || (slot.state != State::Free && slot.state != State::Ready)) continue;
+    if (slot.is_recent && slot.state == State::Ready) {
+      slot.is_recent = false;
+      continue;
     }
-    return -1;
-  };
-  // Where there is none, all that are not pinned are being written.
+    if (slot.state == State::Ready) slot_of_[slot.key] = -1;
+    slot = {-1, 0, State::Filling, false};
+    return at;
+  }
+  return -1;
+}
+
+// As find_slot, but waits for those that are being read or written.
+int32_t TieredPool::take_slot(Lock& lock) {
   int32_t slot = -1;
-  wait_until(lock, [&] { return (slot = sweep()) >= 0 || num_in_flight_ == 0; });
+  wait_until(lock, [&] { return (slot = find_slot()) >= 0 || num_in_flight_ == 0; });
   if (slot < 0) throw std::logic_error("too few slots");
   return slot;
 }

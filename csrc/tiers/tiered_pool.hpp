@@ -31,7 +31,7 @@ class TieredPool {
   static constexpr int64_t kAlignment = 512;
 
   struct Counters {
-    int64_t num_hits, num_loads, num_stores, num_errors;
+    int64_t num_hits, num_loads, num_prefetches, num_stores, num_errors;
   };
 
   // `slots` is [num_slots, slot_bytes] and stays the caller's.
@@ -46,6 +46,9 @@ class TieredPool {
   static constexpr int kMaxPinned = 96;
   // Fewest slots for that many threads.
   static constexpr int64_t min_slots(int num_threads) { return (num_threads + 1) * int64_t(kMaxPinned + 1); }
+
+  // Starts to bring one head of n blocks into memory, as far as that goes without waiting.
+  void prefetch(int head, const int32_t* blocks, int n);
 
   // A slot to put a head into, which end_store() then writes to the file.
   int32_t begin_store(int head, int32_t block);
@@ -83,6 +86,7 @@ class TieredPool {
 
   void pin(const int64_t* keys, int n, int32_t* slots);
   int32_t take_slot(Lock& lock);
+  int32_t find_slot();
   template <class Fn> void wait_until(Lock& lock, Fn holds);
   void complete(const FileResult& result, uint32_t sum);
   FileOp op(bool is_write, int32_t slot) const;

@@ -46,6 +46,9 @@ class ForwardBatch:
     """[num_tokens] blocks that a token's queries read of each KV head under full attention, its own
     included: the first and the last few, and those with the highest bound of their scores. At least
     MIN_BUDGET_BLOCKS; 0, or None for all: every block."""
+    restored_blocks: tuple[Sequence[int], ...] = ()
+    """One per cache group, or none: the blocks that got other content since the last step by other
+    means than a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +91,9 @@ class TieredBlocks(Protocol):
 
     @property
     def counters(self) -> Mapping[str, int]:
-        """Of KV heads: ``num_hits`` that were in memory when they were read, ``num_loads`` that
-        were not, ``num_stores`` and ``num_errors``."""
+        """Of KV heads: ``num_hits`` that were in memory or on their way when they were read,
+        ``num_loads`` that were not, ``num_prefetches`` that a layer asked for ahead of the next,
+        ``num_stores`` and ``num_errors``."""
 
     def read_block(self, block: int, out: NDArray[np.uint8]) -> None:
         """Copy all that is kept of a complete block to ``out``, uint8 [payload_bytes]. Raises

@@ -79,6 +79,10 @@ class CacheManager:
             return Readiness.READY
         return self._offload.restore(request, self._chain(request, self._num_reusable(request)))
 
+    def take_restored(self) -> tuple[list[int], ...]:
+        """By group, the blocks that the tier has filled since the last call; empty without one."""
+        return self._offload.take_restored() if self._offload else ()
+
     def start(self, request: Request, max_new_tokens: int) -> bool:
         """Give a request its longest cached prefix and blocks for up to ``max_new_tokens`` more
         tokens, and set ``num_computed_tokens`` to that prefix. All of it or, when the pools

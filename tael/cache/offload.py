@@ -51,6 +51,8 @@ class Offload:
         be evicted for the rest."""
         self._storing: set[Transfer] = set()
         """Stores whose block is yet to be copied."""
+        self._restored: tuple[list[int], ...] = tuple([] for _ in groups)
+        """Blocks that were loaded since the last ``take_restored``."""
         self._copied: list[Transfer] = []
         """Stores that no longer need their block; see ``collect``."""
 
@@ -120,12 +122,18 @@ class Offload:
         for load in self._tier.complete_load():
             for transfer in load.transfers[: load.num_loaded]:
                 self._pools[transfer.group].publish(transfer.block, transfer.block_hash)
+                self._restored[transfer.group].append(transfer.block)
             self._end(load)
         copied = self._tier.complete_store()
         self._storing.difference_update(copied)
         self._copied += copied
         if not self._storing:
             self._release_copied()
+
+    def take_restored(self) -> tuple[list[int], ...]:
+        """By group, the blocks that were published since the last call."""
+        restored, self._restored = self._restored, tuple([] for _ in self._groups)
+        return restored
 
     def reclaim(self, num_blocks: Sequence[int], *, loads: bool) -> bool:
         """Make ``num_blocks`` of each pool available, by cancelling stores and, if they may be,

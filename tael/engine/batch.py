@@ -54,6 +54,7 @@ def build_batch(
         kv_budgets=_kv_budgets(scheduled, counts, positions, config)
         if config.reads_sparsely
         else None,
+        restored_blocks=manager.take_restored(),
     )
 
 

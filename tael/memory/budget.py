@@ -139,10 +139,15 @@ def plan_pools(
     def needed(num_tokens: int) -> list[int]:
         return [group.num_blocks(num_tokens, chunk, block_size) for group in groups]
 
+    longest = max_model_len
     open_bytes = scheduler.max_num_open_blocks * sum(group.open_block_bytes for group in groups)
 
     def size(num_blocks: Sequence[int]) -> int:
-        complete = sum(n * group.block_bytes for n, group in zip(num_blocks, groups, strict=True))
+        complete = sum(
+            n * group.block_bytes
+            + group.superblock_bytes(n, scheduler.max_num_seqs, longest, block_size)
+            for n, group in zip(num_blocks, groups, strict=True)
+        )
         return complete + open_bytes
 
     shortest = min(max_model_len, chunk + block_size)
@@ -197,8 +202,9 @@ def plan_tiered_pools(
             f"a context of {shortest} tokens takes {least} on disk, and memory besides that this "
             "budget does not leave; raise --kv-disk or --memory."
         )
-    max_model_len = min(max_model_len, num_blocks * block_size)
     rest = kv_bytes - open_bytes - num_blocks * full.memory_block_bytes
+    rest -= full.superblock_bytes(num_blocks, scheduler.max_num_seqs, max_model_len, block_size)
+    max_model_len = min(max_model_len, num_blocks * block_size)
     window_blocks: tuple[int, ...] = ()
     if windows:
         plan = plan_pools(windows, rest // 2, block_size, max_model_len, scheduler)

@@ -9,8 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from tael.config import BLOCK_SIZE, SLOT_ALIGNMENT
+from tael.config import (
+    BLOCK_SIZE,
+    MIN_SCORED_SUPERBLOCKS,
+    SLOT_ALIGNMENT,
+    SUPERBLOCK_BLOCKS,
+)
 
+SUPERBLOCK_ROW_BYTES = 32
+"""For which superblock a row is of."""
 TIERED_HEAD_BYTES = 8
 """For where a KV head of a tiered block is, and what its bytes must be."""
 TIERED_SLOT_BYTES = 16
@@ -237,6 +244,18 @@ class CacheGroup:
     def memory_block_bytes(self) -> int:
         """...of every tiered block in memory, whether its KV is there or not."""
         return TIERED_BLOCK_BYTES + self.num_heads * (self.head_summary_bytes + TIERED_HEAD_BYTES)
+
+    def superblock_bytes(
+        self, num_blocks: int, max_num_seqs: int, max_model_len: int, block_size: int
+    ) -> int:
+        """Of the key summaries of superblocks, for a pool of ``num_blocks``
+        (csrc/model/superblocks.hpp)."""
+        most = max_model_len // block_size // SUPERBLOCK_BLOCKS
+        if self.head_summary_bytes == 0 or most <= MIN_SCORED_SUPERBLOCKS:
+            return 0
+        num_rows = num_blocks // SUPERBLOCK_BLOCKS + max_num_seqs
+        row_bytes = self.num_heads * self.head_summary_bytes + SUPERBLOCK_ROW_BYTES
+        return num_rows * row_bytes + 4 * (num_blocks + max_num_seqs * most)
 
     def first_block(self, position: int, block_size: int) -> int:
         """The first entry of a block table that a query at ``position`` looks at."""

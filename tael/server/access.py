@@ -7,6 +7,7 @@ how it begins.
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -25,6 +26,9 @@ ANONYMOUS = Key(key_id="anonymous", name="anonymous", tenant="anonymous")
 
 BODY_TIMEOUT_S = 60.0
 """For a body to arrive. Longer ones are a slow connection held open on purpose, mostly."""
+
+LINGER_S = 5.0
+"""For the rest of a refused request to arrive."""
 
 
 class Access:
@@ -58,7 +62,7 @@ class Access:
     def _check_host(self, headers: Headers) -> None:
         if self._allowed_hosts is None:
             return
-        host = headers.get("host", "")
+        host = headers.get("host", "")  # h11 refuses requests with two
         bracketed = host.startswith("[")
         name = host[1:].partition("]")[0] if bracketed else host.partition(":")[0]
         if name.lower() not in self._allowed_hosts:
@@ -133,8 +137,20 @@ class BodyLimit:
 
 
 async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer without the application, and end the connection: its body may not have been read."""
-    is_anthropic = scope["path"].startswith("/v1/messages")
-    body = error.anthropic() if is_anthropic else error.openai()
+    """Answer without the application, and end the connection.
+
+    What the client still sends is read and thrown away for a while: to close a socket with unread
+    bytes resets it, and the client may then lose the answer (RFC 9112, 9.6)."""
     headers = {**error.headers, "connection": "close"}
-    await JSONResponse(body, error.status, headers)(scope, receive, send)
+    response = JSONResponse(error.body(scope["path"]), error.status, headers)
+    start = {"status": response.status_code, "headers": response.raw_headers}
+    await send({"type": "http.response.start", **start})
+    await send({"type": "http.response.body", "body": bytes(response.body), "more_body": True})
+    with suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(_rest(receive), LINGER_S)
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def _rest(receive: Receive) -> None:
+    while (message := await receive())["type"] == "http.request" and message.get("more_body"):
+        pass

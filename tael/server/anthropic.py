@@ -149,7 +149,8 @@ class _Writer:
     async def events(self) -> AsyncIterator[str]:
         # The cached part of the prompt is not known yet; message_delta says it.
         usage = self._usage(Usage(num_prompt_tokens=self._num_prompt_tokens))
-        started = {**self._message([]), "stop_reason": None, "stop_sequence": None, "usage": usage}
+        not_yet = {"stop_reason": None, "stop_sequence": None, "stop_details": None}
+        started = {**self._message([]), **not_yet, "usage": usage}
         yield _event("message_start", {"message": started})
         index = -1
         async for block, is_new, text in self._blocks():
@@ -181,7 +182,8 @@ class _Writer:
                 parts += self._parser.end()
             for part in parts:
                 if "content" in part:
-                    yield {"type": "text", "text": ""}, not in_text, part["content"]
+                    block: dict[str, Any] = {"type": "text", "text": "", "citations": None}
+                    yield block, not in_text, part["content"]
                     in_text = True
                 for call in part.get("tool_calls", ()):
                     function = call["function"]
@@ -190,6 +192,7 @@ class _Writer:
                         "id": call["id"].replace("call_", "toolu_"),
                         "name": function["name"],
                         "input": {},
+                        "caller": {"type": "direct"},
                     }
                     yield block, True, function["arguments"]
                     in_text = False
@@ -201,6 +204,7 @@ class _Writer:
             "role": "assistant",
             "model": self._service.model,
             "content": content,
+            "container": None,
         }
 
     def _stop(self) -> dict[str, Any]:
@@ -212,10 +216,17 @@ class _Writer:
             reason = "tool_use"
         else:
             reason = "end_turn" if stop_string is None else "stop_sequence"
-        return {"stop_reason": reason, "stop_sequence": stop_string}
+        return {"stop_reason": reason, "stop_sequence": stop_string, "stop_details": None}
 
     def _usage(self, usage: Usage) -> dict[str, Any]:
-        return {**anthropic_usage(usage), "service_tier": "standard"}
+        return {
+            **anthropic_usage(usage),
+            "cache_creation": None,
+            "inference_geo": None,
+            "output_tokens_details": None,
+            "server_tool_use": None,
+            "service_tier": "standard",
+        }
 
 
 def _event(name: str, fields: Mapping[str, Any]) -> str:

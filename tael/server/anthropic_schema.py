@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from tael.economics.rate_card import ServiceTier
-from tael.server.openai_schema import FunctionName, Name, Stop, Strict
+from tael.server.openai_schema import FunctionName, JsonObject, MaxTokens, Name, Stop, Strict
 
 
 class CacheControl(Strict):
@@ -24,11 +24,18 @@ class TextBlock(Strict):
     citations: None = None
 
 
+class DirectCaller(Strict):
+    """The model itself, not code of its own."""
+
+    type: Literal["direct"]
+
+
 class ToolUseBlock(Strict):
     type: Literal["tool_use"]
     id: Name
     name: FunctionName
-    input: dict[str, Any]
+    input: JsonObject
+    caller: DirectCaller | None = None
     cache_control: CacheControl | None = None
 
 
@@ -52,7 +59,7 @@ class InputTool(Strict):
     type: Literal["custom"] | None = None
     name: FunctionName
     description: str | None = None
-    input_schema: dict[str, Any]
+    input_schema: JsonObject
     cache_control: CacheControl | None = None
 
 
@@ -80,7 +87,7 @@ class RequestMetadata(Strict):
 
 
 class MessagesRequest(CountTokensRequest):
-    max_tokens: Annotated[int, Field(ge=1)]
+    max_tokens: MaxTokens
     stream: bool = False
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None

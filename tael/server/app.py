@@ -85,6 +85,17 @@ async def count_tokens(body: CountTokensRequest, request: Request) -> dict[str, 
         return {"input_tokens": len(await anthropic.prompt_of(service, body))}
 
 
+@router.post("/v1/embeddings", include_in_schema=False)
+async def embeddings(request: Request) -> None:
+    """By name, so that callers learn what the matter is and not that they mistyped."""
+    raise ApiError(
+        404,
+        f"The model {_service(request).model!r} writes text; this server has no model that gives "
+        "embeddings.",
+        "unsupported_endpoint",
+    )
+
+
 @router.post("/tokenize")
 async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
     service = _service(request)
@@ -147,9 +158,7 @@ def create_app(
 
     def failure(request: Request, error: ApiError) -> Response:
         service.metrics.error(error.status)
-        is_anthropic = request.url.path.startswith("/v1/messages")
-        body = error.anthropic() if is_anthropic else error.openai()
-        return JSONResponse(body, error.status, error.headers)
+        return JSONResponse(error.body(request.scope["path"]), error.status, error.headers)
 
     @app.exception_handler(ApiError)
     async def on_api_error(request: Request, error: ApiError) -> Response:
@@ -162,7 +171,7 @@ def create_app(
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> Response:
         code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code)
-        message = f"{error.detail} ({request.method} {request.url.path})"
+        message = f"{error.detail} ({request.method} {request.scope['path']})"
         return failure(request, ApiError(error.status_code, message, code, headers=error.headers))
 
     @app.exception_handler(Exception)

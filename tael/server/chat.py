@@ -16,12 +16,14 @@ from tael.server.openai_schema import (
     ChatRequest,
     CompletionSampling,
     Content,
+    JsonObjectFormat,
+    JsonSchemaFormat,
     Sampling,
     ToolMessage,
 )
 from tael.server.service import Piece, Run, Service, Work
 from tael.server.streaming import EventStream, data
-from tael.server.structured import ToolUse, grammar_of
+from tael.server.structured import ToolUse, grammar_of, json_grammar
 from tael.server.tool_calls import ToolCallParser
 
 FINISH_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
@@ -32,7 +34,13 @@ async def answer(service: Service, run: Run, request: ChatRequest) -> dict[str, 
     tokenizer = service.engine.tokenizer
     tool_use = ToolUse(request.tools or (), request.tool_choice)
     tool_use.check(service)
-    grammar = grammar_of(request, tool_use)
+    grammar = grammar_of(
+        tool_use,
+        _format_grammar(request),
+        param="response_format",
+        ignore_eos=request.ignore_eos,
+        parallel_tool_calls=request.parallel_tool_calls,
+    )
     messages = [template_message(message) for message in request.messages]
     check_length(service, messages)
     arguments = tool_use.template_arguments()
@@ -58,12 +66,24 @@ def template_message(message: ChatMessage) -> dict[str, Any]:
                 "type": "function",
                 "function": {
                     "name": call.function.name,
-                    "arguments": _object(call.function.arguments),
+                    "arguments": arguments_object(call.function.arguments, "messages"),
                 },
             }
             for call in message.tool_calls
         ]
     return turn
+
+
+def arguments_object(text: str, param: str) -> dict[str, Any]:
+    """The arguments of a tool call, which templates want as an object. Raises ApiError, which names
+    ``param``, for what is none."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise bad_request("The arguments of a tool call must be a JSON object.", param=param)
+    return value
 
 
 def check_length(service: Service, messages: Sequence[Mapping[str, Any]]) -> None:
@@ -110,6 +130,15 @@ def openai_error_event(error: ApiError) -> str:
     return data(error.openai())
 
 
+def _format_grammar(request: ChatRequest) -> str | None:
+    wanted = request.response_format
+    if isinstance(wanted, JsonSchemaFormat):
+        return json_grammar(wanted.json_schema.schema_ or {}, "response_format")
+    if isinstance(wanted, JsonObjectFormat):
+        return json_grammar({"type": "object"}, "response_format")
+    return None
+
+
 def _params(request: ChatRequest, service: Service) -> SamplingParams:
     if request.top_logprobs is not None and not request.logprobs:
         raise bad_request("top_logprobs needs logprobs: true.", param="top_logprobs")
@@ -132,16 +161,6 @@ def _logit_bias(biases: Mapping[str, float], vocab_size: int) -> dict[int, float
             )
         by_id[int(key)] = bias
     return by_id
-
-
-def _object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise bad_request("The arguments of a tool call must be a JSON object.", param="messages")
-    return value
 
 
 class _Writer:
@@ -274,6 +293,7 @@ class _Choice:
             "role": "assistant",
             "content": "".join(self._content) or (None if self._calls else ""),
             "refusal": None,
+            "annotations": [],
         }
         if self._calls:
             message["tool_calls"] = self._calls

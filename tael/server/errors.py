@@ -34,6 +34,10 @@ class ApiError(Exception):
             self.headers["retry-after"] = str(max(1, round(retry_after_s + 0.5)))
             self.headers["retry-after-ms"] = str(max(1, round(1000 * retry_after_s)))
 
+    def body(self, path: str) -> dict[str, Any]:
+        """In the dialect of a path."""
+        return self.anthropic() if path.startswith("/v1/messages") else self.openai()
+
     def openai(self) -> dict[str, Any]:
         return {
             "error": {

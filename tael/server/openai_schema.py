@@ -6,9 +6,11 @@ accepted because that value asks for what happens anyway.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from tael.economics.rate_card import ServiceTier
 
@@ -19,8 +21,25 @@ Name = Annotated[str, Field(max_length=256)]
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 Stop = Annotated[str, Field(min_length=1, max_length=1024)]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**64 - 1)]
+MaxTokens = Annotated[int, Field(ge=1, le=2**31)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Metadata = Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)]
+
+
+def _writable(value: dict[str, Any]) -> dict[str, Any]:
+    """As it is, if it can be written as JSON again: Python's parser takes NaN and half characters,
+    too."""
+    try:
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        raise PydanticCustomError(
+            "json_object", "its numbers must be finite, and its text valid Unicode"
+        ) from None
+    return value
+
+
+JsonObject = Annotated[dict[str, Any], AfterValidator(_writable)]
+"""What only the model and the caller need to understand."""
 
 
 class Strict(BaseModel):
@@ -48,7 +67,7 @@ class Sampling(Strict):
     prompt_cache_key: Name | None = None
     top_k: Annotated[int, Field(ge=0, le=2**31)] = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     ignore_eos: bool = False
 
     @property
@@ -127,7 +146,7 @@ ChatMessage = Annotated[
 class JsonSchema(Strict):
     name: FunctionName
     description: str | None = None
-    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    schema_: Annotated[JsonObject | None, Field(alias="schema")] = None
     strict: bool | None = None
 
 
@@ -152,7 +171,7 @@ ResponseFormat = Annotated[
 class Function(Strict):
     name: FunctionName
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: JsonObject | None = None
     strict: bool | None = None
 
 
@@ -172,8 +191,8 @@ class NamedTool(Strict):
 
 class ChatRequest(CompletionSampling):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: MaxTokens | None = None
+    max_completion_tokens: MaxTokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
@@ -194,7 +213,7 @@ class CompletionRequest(CompletionSampling):
         | TokenIds
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
     )
-    max_tokens: Annotated[int, Field(ge=1)] | None = 16
+    max_tokens: MaxTokens | None = 16
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool = False
     best_of: Literal[1] | None = None

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from tael.economics.keys import Keys
 from tael.economics.ledger import Ledger
@@ -80,15 +81,12 @@ async def opened(
                 allowed_hosts=LOOPBACK if is_open else None,
                 has_metrics=config.metrics_address is None,
             )
-            settings = uvicorn.Config(
-                app, lifespan="off", access_log=False, server_header=False, log_level="warning"
-            )
             host, port = listener.getsockname()[:2]
             listener.listen()  # who reads the next lines may connect, and is answered in a moment
             logger.info("%s: %s", config.model, engine.ready.description)
             logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
             async with _metrics_served(config.metrics_address, service):
-                yield DrainingServer(settings, service, config.drain_s), listener
+                yield DrainingServer(_settings(app), service, config.drain_s), listener
         finally:
             await engine.close()
 
@@ -101,8 +99,7 @@ async def _metrics_served(address: tuple[str, int] | None, service: Service) -> 
         return
     with _bound(*address) as listener:
         app = create_operators_app(service)
-        settings = uvicorn.Config(app, lifespan="off", access_log=False, log_level="warning")
-        server = _MetricsServer(settings)
+        server = _MetricsServer(_settings(app))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         logger.info("metrics on http://%s:%d/metrics", *listener.getsockname()[:2])
         try:
@@ -110,6 +107,19 @@ async def _metrics_served(address: tuple[str, int] | None, service: Service) -> 
         finally:
             server.should_exit = True
             await serving
+
+
+def _settings(app: FastAPI) -> uvicorn.Config:
+    """h11, whatever else is installed: it bounds the headers of a request, which httptools does
+    not."""
+    return uvicorn.Config(
+        app,
+        http="h11",
+        lifespan="off",
+        access_log=False,
+        server_header=False,
+        log_level="warning",
+    )
 
 
 def _bound(host: str, port: int) -> socket.socket:

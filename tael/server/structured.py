@@ -10,9 +10,6 @@ from typing import Any, Literal
 from tael.server.errors import ApiError, bad_request
 from tael.server.openai_schema import (
     MAX_SCHEMA_CHARACTERS,
-    ChatRequest,
-    JsonObjectFormat,
-    JsonSchemaFormat,
     NamedTool,
     Tool,
 )
@@ -74,21 +71,23 @@ class ToolUse:
         return _calls(self.tools) if self.choice == "required" else None
 
 
-def grammar_of(request: ChatRequest, tool_use: ToolUse) -> str | None:
-    """What the answer to a chat must match. Raises ApiError for what cannot be combined."""
-    wanted = request.response_format
-    has_format = isinstance(wanted, JsonObjectFormat | JsonSchemaFormat)
-    if has_format and tool_use.is_active:
-        raise _not_with("response_format", "tools")
-    if request.ignore_eos and (has_format or tool_use.is_required):
-        raise _not_with("ignore_eos", "response_format or a required tool")
-    if request.parallel_tool_calls is False and tool_use.is_active and not tool_use.is_required:
+def grammar_of(
+    tool_use: ToolUse,
+    wanted: str | None,
+    *,
+    param: str,
+    ignore_eos: bool,
+    parallel_tool_calls: bool | None,
+) -> str | None:
+    """What an answer must match, if anything: the grammar ``wanted`` by the parameter ``param``, or
+    that of a required tool. Raises ApiError for what cannot be combined."""
+    if wanted is not None and tool_use.is_active:
+        raise _not_with(param, "tools")
+    if ignore_eos and (wanted is not None or tool_use.is_required):
+        raise _not_with("ignore_eos", f"{param} or a required tool")
+    if parallel_tool_calls is False and tool_use.is_active and not tool_use.is_required:
         raise _not_with("parallel_tool_calls", "tool_choice auto unless it is true")
-    if isinstance(wanted, JsonObjectFormat):
-        return json_grammar({"type": "object"}, "response_format")
-    if isinstance(wanted, JsonSchemaFormat):
-        return json_grammar(wanted.json_schema.schema_ or {}, "response_format")
-    return tool_use.grammar()
+    return tool_use.grammar() if wanted is None else wanted
 
 
 def _not_with(param: str, other: str) -> ApiError:

@@ -15,6 +15,7 @@ _CODES = {
 _TAGS = frozenset(
     {"str", "system", "developer", "user", "assistant", "tool", "text", "json_object"}
     | {"input_text", "output_text", "tool_use", "tool_result"}
+    | {"message", "function_call", "function_call_output"}
 )
 """In places of errors, the names of alternatives, which are not those of parameters."""
 

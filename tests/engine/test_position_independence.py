@@ -163,6 +163,7 @@ def test_tiered(
         counters = engine.kv_store.tiered.counters
         assert counters["num_stores"] > 0 and counters["num_loads"] > 300
         assert counters["num_errors"] == 0
+        assert (counters["num_prefetches"] > 0) == ("kv_budget" in settings)
 
 
 @pytest.mark.usefixtures("isa")

@@ -31,9 +31,11 @@ REFUSED = [
     ("chat", {"temperature": 3}, "temperature", "invalid_value"),
     ("chat", {"temperature": float("nan")}, "temperature", "invalid_value"),
     ("chat", {"top_p": 0}, "top_p", "invalid_value"),
+    ("chat", {"repetition_penalty": 5e-324}, "repetition_penalty", "invalid_value"),
     ("chat", {"n": 0}, "n", "invalid_value"),
     ("chat", {"n": 10**9}, "n", "invalid_value"),
     ("chat", {"max_tokens": 0}, "max_tokens", "invalid_value"),
+    ("chat", {"max_tokens": 2**64}, "max_tokens", "invalid_value"),
     ("chat", {"top_logprobs": 21, "logprobs": True}, "top_logprobs", "invalid_value"),
     ("chat", {"top_logprobs": 2}, "top_logprobs", "invalid_value"),
     ("chat", {"logit_bias": {"x": 1}}, "logit_bias", "invalid_value"),
@@ -64,6 +66,31 @@ REFUSED = [
         "tool_choice",
         "invalid_value",
     ),
+    ("chat", {"chat_template_kwargs": {"a": 1}}, "chat_template_kwargs", "unsupported_parameter"),
+    ("chat", {"request_id": "x"}, "request_id", "unsupported_parameter"),
+    ("responses", {"input": []}, None, "invalid_value"),
+    ("responses", {"input": [{"type": "reasoning"}]}, "input[0]", "invalid_value"),
+    ("responses", {"input": [{"type": []}]}, "input[0]", "invalid_value"),
+    ("responses", {"input": [3]}, None, "invalid_value"),
+    ("responses", {"input": [{"role": "user"}]}, "input[0].content", "missing_required_parameter"),
+    ("responses", {"previous_response_id": "x"}, "previous_response_id", "unsupported_parameter"),
+    ("responses", {"tools": [{"type": "web_search"}]}, None, "invalid_value"),
+    ("responses", {"tool_choice": "required"}, "tool_choice", "invalid_value"),
+    (
+        "responses",
+        {"input": [{"type": "function_call", "call_id": "c", "name": "f", "arguments": "["}]},
+        "input",
+        "invalid_value",
+    ),
+    *[
+        (
+            "responses",
+            {"tools": [{"type": "function", "name": "f", "parameters": {"a": value}}]},
+            "tools[0].parameters",
+            "invalid_value",
+        )
+        for value in (float("nan"), float("inf"), "\ud800", {"\udfff": 1})
+    ],
     ("text", {"prompt": ""}, None, "invalid_value"),
     ("text", {"prompt": []}, None, "invalid_value"),
     ("text", {"prompt": [[]]}, None, "invalid_value"),
@@ -91,7 +118,11 @@ def test_refused(
     code: str,
     stream: bool,
 ) -> None:
-    path, base = ("chat/completions", CHAT) if kind == "chat" else ("completions", TEXT)
+    path, base = {
+        "chat": ("chat/completions", CHAT),
+        "text": ("completions", TEXT),
+        "responses": ("responses", {"model": MODEL, "input": "hi"}),
+    }[kind]
     body = json.dumps({**base, **parameters, "stream": stream})
     with server.http() as http:
         response = http.post(
@@ -173,53 +204,3 @@ def test_unknown_routes(server: Running, method: str, path: str, status: int) ->
         response = http.request(method, path)
     assert response.status_code == status
     assert response.json()["error"]["type"] == "invalid_request_error"
-
-
-def test_callers_cannot_name_requests(server: Running) -> None:
-    """Whatever they call theirs, ids are the server's own."""
-    client = server.openai()
-    ids = {
-        client.completions.create(
-            model=MODEL, prompt="a", max_tokens=1, extra_headers={"x-request-id": "mine"}
-        ).id
-        for _ in range(3)
-    }
-    assert len(ids) == 3
-
-
-BOMBS: list[dict[str, Any]] = [
-    schema({"type": "string", "pattern": "(a+)+b"}),
-    schema({"type": "string", "pattern": "((a{0,100}){0,100}){0,100}b"}),
-    schema({"type": "string", "pattern": "(x|" * 500 + "y" + ")" * 500}),
-    schema({"anyOf": [{"type": "string", "pattern": "x" * i + ".*y"} for i in range(200)]}),
-    schema({"type": "array", "minItems": 10**9, "items": {"type": "integer"}}),
-    schema({"$ref": "#"}),
-    schema({"$ref": "http://169.254.169.254/schema.json"}),
-    schema({"$ref": "file:///etc/passwd"}),
-    {"messages": [{"role": "user", "content": "{{ ''.__class__.__mro__ }}{% for x in y %}"}]},
-    {"messages": [{"role": "user", "content": "<eos>" * 10, "name": "../../etc/passwd"}]},
-    {"user": "../../etc/passwd", "metadata": {"../..": "\u0000"}},
-    {"n": 128, "max_tokens": 1},
-    {"stop": ["\U0001f600" * 500], "logit_bias": {str(i): -100 for i in range(256)}},
-]
-
-
-def test_bombs_harm_nobody(server: Running) -> None:
-    """Refused or answered, while another stream keeps its tokens."""
-    client = server.openai()
-    canary: dict[str, Any] = {
-        "model": MODEL,
-        "prompt": "abc",
-        "temperature": 0,
-        "max_tokens": 240,
-        "extra_body": {"ignore_eos": True},
-    }
-    expected = client.completions.create(**canary).choices[0].text
-    stream = client.completions.create(stream=True, **canary)
-    text = next(iter(stream)).choices[0].text
-    with server.http() as http:
-        for bomb in BOMBS:
-            response = http.post("/v1/chat/completions", json={**CHAT, **bomb})
-            assert response.status_code in (200, 400), response.text
-    assert text + "".join(chunk.choices[0].text for chunk in stream) == expected
-    assert server.service.engine.num_restarts == 0

@@ -171,20 +171,25 @@ def test_an_engine_that_dies_as_it_starts_is_replaced(
     fragile: Running, monkeypatch: pytest.MonkeyPatch, num_reports: int
 ) -> None:
     """After it has connected: before it says that it is ready, or right after that."""
-    read, engine, num_left = engine_client._read, fragile.service.engine, [num_reports]
+    read, launch = engine_client._read, fragile.service.engine._launch
+    num_left = [num_reports]
 
     async def cut_off(reader: asyncio.StreamReader) -> Report:
-        # As this server starts an engine; others of these tests go on reading.
-        if engine.status is None and asyncio.current_task() is engine._supervisor:
-            num_left[0] -= 1
-            if num_left[0] == -1:
-                raise asyncio.IncompleteReadError(b"", 4)
+        if asyncio.get_running_loop() is not fragile.loop:  # of another server of this process
+            return await read(reader)
+        num_left[0] -= 1
+        if num_left[0] == -1:
+            raise asyncio.IncompleteReadError(b"", 4)
         return await read(reader)
 
-    monkeypatch.setattr(engine_client, "_read", cut_off)
-    num_restarts = engine.num_restarts
-    os.kill(pid_of(fragile), signal.SIGKILL)
-    eventually(lambda: engine.num_restarts == num_restarts + 2)
+    async def launch_cut_off() -> asyncio.StreamReader:
+        monkeypatch.setattr(engine_client, "_read", cut_off)
+        return await launch()
+
+    monkeypatch.setattr(fragile.service.engine, "_launch", launch_cut_off)
+    num_restarts, pid = fragile.service.engine.num_restarts, pid_of(fragile)
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: fragile.service.engine.num_restarts == num_restarts + 2)
     eventually(lambda: is_ready(fragile))
 
 

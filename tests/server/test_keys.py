@@ -21,7 +21,7 @@ from tael.economics.ledger import Ledger
 from tael.economics.rate_card import Rate, RateCard, Tier
 from tael.errors import TaelError
 
-CARD = RateCard("1", "USD", (Rate("*", (Tier(input=1_000_000, output=10_000_000),)),))
+CARD = RateCard("1", "USD", (Rate("*", (Tier(input=10**9, output=10**10),)),))
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ ROUTES = [
     ("POST", "/v1/responses"),
     ("POST", "/v1/messages"),
     ("POST", "/v1/messages/count_tokens"),
+    ("POST", "/v1/embeddings"),
     ("POST", "/tokenize"),
     ("GET", "/health/live/"),
     ("GET", "//health/live"),
@@ -81,6 +82,14 @@ ROUTES = [
     ("GET", "/health/live/../../v1/models"),
     ("GET", "/health/live%2f..%2f..%2fmetrics"),
     ("GET", "/HEALTH/LIVE"),
+    ("GET", "/health/live;/../../v1/models"),
+    ("GET", "/v1/models?path=/health/live"),
+    ("GET", "/v1/models%00/health/live"),
+    ("GET", "/%76%31/models"),
+    ("GET", "/health/live%20"),
+    ("HEAD", "/v1/models"),
+    ("OPTIONS", "/v1/completions"),
+    ("TRACE", "/v1/models"),
 ]
 
 
@@ -115,6 +124,9 @@ def credentials(token: str) -> list[dict[str, str]]:
         {"x-api-key": token[:10]},
         {"authorization": "Bearer \xff"},
         {"x-forwarded-host": "localhost", "host": "localhost"},
+        {"host": "localhost/health/live?"},
+        {"x-original-url": "/health/live", "x-rewrite-url": "/health/live"},
+        {"x-forwarded-prefix": "/health/live", "x-http-method-override": "GET"},
     ]
 
 
@@ -126,8 +138,9 @@ def test_every_route_needs_a_key(guarded: Guarded, method: str, path: str) -> No
             encoded = {name: value.encode("latin-1") for name, value in headers.items()}
             response = http.request(method, url, headers=encoded)
             assert response.status_code == 401, (path, headers, response.text)
-            error = response.json()["error"]
-            assert error.get("code", "invalid_api_key") == "invalid_api_key"
+            if method != "HEAD":
+                error = response.json()["error"]
+                assert error.get("code", "invalid_api_key") == "invalid_api_key"
 
 
 def test_all_routes_are_in_that_list(guarded: Guarded) -> None:
@@ -185,16 +198,22 @@ def test_tenants_do_not_see_each_others_prompts(guarded: Guarded) -> None:
 
 
 def test_the_ledger_is_the_sum_of_the_responses(guarded: Guarded) -> None:
+    """In every dialect, streamed and not, for one prompt and many, cached and not."""
     _, token = guarded.keys.create("billed")
-    client = guarded.server.openai(token)
+    openai, anthropic = guarded.server.openai(token), guarded.server.anthropic(token)
     before = len(guarded.charges())
-    usages = []
+    counts: list[tuple[int, int, int]] = []  # prompt, of which from the cache, output
+
+    def of_openai(usage: Any) -> None:
+        cached = usage.prompt_tokens_details.cached_tokens
+        counts.append((usage.prompt_tokens, cached, usage.completion_tokens))
+
     for n in (1, 3):
-        completion = client.completions.create(
+        completion = openai.completions.create(
             model=MODEL, prompt=["a" * 40, "b"], n=n, max_tokens=5
         )
-        usages.append(completion.usage)
-        stream = client.chat.completions.create(
+        of_openai(completion.usage)
+        stream = openai.chat.completions.create(
             model=MODEL,
             messages=[{"role": "user", "content": "x" * 40}],
             max_tokens=5,
@@ -203,16 +222,26 @@ def test_the_ledger_is_the_sum_of_the_responses(guarded: Guarded) -> None:
             stream_options={"include_usage": True},
             extra_body={"service_tier": "default"},
         )
-        usages.append([chunk.usage for chunk in stream][-1])
-    eventually(lambda: len(guarded.charges()) == before + 4)
+        of_openai([chunk.usage for chunk in stream][-1])
+        response = openai.responses.create(model=MODEL, input="y" * 40, max_output_tokens=5)
+        assert response.usage is not None
+        cached = response.usage.input_tokens_details.cached_tokens
+        counts.append((response.usage.input_tokens, cached, response.usage.output_tokens))
+        with anthropic.messages.stream(
+            model=MODEL, max_tokens=5, messages=[{"role": "user", "content": "z" * 40}]
+        ) as events:
+            usage = events.get_final_message().usage
+        read, written = usage.cache_read_input_tokens or 0, usage.cache_creation_input_tokens or 0
+        counts.append((usage.input_tokens + read + written, read, usage.output_tokens))
+    eventually(lambda: len(guarded.charges()) == before + len(counts))
     rows = guarded.charges()[before:]
-    for usage, row in zip(usages, rows, strict=True):
-        assert usage is not None
-        prompt = row["fresh_tokens"] + row["cache_read_tokens"] + row["cache_write_tokens"]
-        assert (prompt, row["output_tokens"]) == (usage.prompt_tokens, usage.completion_tokens)
-        details = usage.prompt_tokens_details
-        assert details is not None and details.cached_tokens == row["cache_read_tokens"]
-        assert row["reason"] == "finished" and row["amount_nano"] >= 10 * row["output_tokens"]
+    assert any(cached for _, cached, _ in counts)
+    for (prompt, cached, output), row in zip(counts, rows, strict=True):
+        classes = row["fresh_tokens"], row["cache_read_tokens"], row["cache_write_tokens"]
+        assert (sum(classes), classes[1], row["output_tokens"]) == (prompt, cached, output)
+        # 1000 nano for a fresh one, a tenth of it for one from the cache, 10,000 for an output one.
+        charge = 1000 * (prompt - cached) + 100 * cached + 10_000 * output
+        assert (row["reason"], row["amount_nano"]) == ("finished", charge)
     assert guarded.num_open() == 0
 
 

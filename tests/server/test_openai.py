@@ -9,6 +9,7 @@ import openai
 import pytest
 from byte_llama import PROMPTS
 from openai import OpenAI
+from pydantic import BaseModel
 from running import MODEL, Running
 
 from tael import LLM, SamplingParams
@@ -239,6 +240,24 @@ def test_json_schema(client: OpenAI, stream: bool, temperature: float) -> None:
     assert value["size"] in ("small", "large") and value["ok"] in (True, False)
 
 
+class Answer(BaseModel):
+    ok: bool
+
+
+def test_the_helpers_of_the_client(client: OpenAI) -> None:
+    """They add parameters of their own, and check what comes more closely."""
+    chat = client.chat.completions.parse(model=MODEL, messages=MESSAGES, response_format=Answer)
+    assert chat.choices[0].message.parsed is not None
+    response = client.responses.parse(model=MODEL, input="hi", text_format=Answer)
+    assert response.output_parsed is not None
+    with client.chat.completions.stream(
+        model=MODEL, messages=MESSAGES, response_format=Answer
+    ) as events:
+        text = "".join(event.delta for event in events if event.type == "content.delta")
+        message = events.get_final_completion().choices[0].message
+    assert message.content == text and message.parsed is not None
+
+
 def test_json_object(client: OpenAI) -> None:
     answer = client.chat.completions.create(
         model=MODEL, messages=MESSAGES, max_tokens=20, response_format={"type": "json_object"}, n=2
@@ -348,6 +367,87 @@ def test_responses_json(client: OpenAI) -> None:
         text={"format": {"type": "json_schema", "name": "x", "schema": SCHEMA}},
     )
     assert answer.status == "completed" and "size" in json.loads(answer.output_text)
+
+
+FLAT_TOOLS: list[Any] = [{"type": "function", "strict": None, **t["function"]} for t in TOOLS]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("choice", ["required", "news"])
+def test_responses_tools(client: OpenAI, stream: bool, choice: str) -> None:
+    parameters: dict[str, Any] = {
+        "model": MODEL,
+        "input": [{"role": "user", "content": "Say hi"}],
+        "tools": FLAT_TOOLS,
+        "tool_choice": {"type": "function", "name": "news"} if choice == "news" else choice,
+        "temperature": 0,
+    }
+    if stream:
+        with client.responses.stream(**parameters) as events:
+            kinds = [event.type for event in events]
+            answer = events.get_final_response()
+        assert kinds[2:-1] == [
+            "response.output_item.added",
+            "response.function_call_arguments.delta",
+            "response.function_call_arguments.done",
+            "response.output_item.done",
+        ]
+    else:
+        answer = client.responses.create(**parameters)
+    assert answer.status == "completed"
+    (call,) = answer.output
+    assert call.type == "function_call" and choice in ("required", call.name)
+    assert json.loads(call.arguments)["unit"].startswith(call.name)
+    follow_up = client.responses.create(
+        model=MODEL,
+        input=[
+            *parameters["input"],
+            call.model_dump(exclude_none=True),  # type: ignore[list-item]
+            {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"},
+        ],
+        tools=FLAT_TOOLS,
+        max_output_tokens=2,
+    )
+    assert follow_up.usage is not None and follow_up.usage.output_tokens <= 2
+
+
+def test_calls_reach_the_template_as_those_of_a_chat(client: OpenAI) -> None:
+    """The same conversation in both dialects has as many tokens."""
+    call = {"name": "news", "arguments": '{"unit": "news-1"}'}
+    chat = client.chat.completions.create(
+        model=MODEL,
+        messages=[
+            {"role": "user", "content": "a"},
+            {
+                "role": "assistant",
+                "content": "b",
+                "tool_calls": [{"id": "c", "type": "function", "function": call}],  # type: ignore[list-item]
+            },
+            {"role": "tool", "tool_call_id": "c", "content": "d"},
+        ],
+        max_tokens=1,
+        tools=TOOLS,
+    )
+    response = client.responses.create(
+        model=MODEL,
+        input=[
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b"},
+            {"type": "function_call", "call_id": "c", **call},  # type: ignore[list-item]
+            {"type": "function_call_output", "call_id": "c", "output": "d"},
+        ],
+        max_output_tokens=1,
+        tools=FLAT_TOOLS,
+    )
+    assert chat.usage is not None and response.usage is not None
+    assert chat.usage.prompt_tokens == response.usage.input_tokens
+
+
+def test_embeddings_are_refused_by_name(client: OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="embeddings") as caught:
+        client.embeddings.create(model=MODEL, input="abc")
+    assert caught.value.code == "unsupported_endpoint"
+    assert caught.value.type == "invalid_request_error"
 
 
 def test_tokenize(server: Running, llm: LLM) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,6 +85,36 @@ def test_warm_prefix_figures() -> None:
         busy, alone = case["busy_median_ms"], case["alone_median_ms"]
         assert f"{busy:.1f} ms instead of {alone:.1f} ms" in text
         assert f"{case['num_busy_steps']} steps" in text
+
+
+def result_of(name: str) -> Any:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def test_attacks_and_clients() -> None:
+    """docs/server.md, "What was tried"."""
+    text = " ".join((ROOT / "docs/server.md").read_text().split())
+    fuzz, timing = result_of("server-fuzz")["total"], result_of("cache-timing")
+    assert fuzz["cases"] >= 20_000 and fuzz["faults"] == 0
+    assert f"{fuzz['cases']:,} requests" in text and f"{fuzz['canary_streams']:,} times" in text
+    other, same = timing["results"]["other_tenant"], timing["results"]["same_tenant"]
+    chance = timing["deviation_by_chance"]
+    assert other["cached_tokens_reported"] == 0 < same["cached_tokens_reported"]
+    assert abs(other["area_under_curve"] - 0.5) < 2 * chance
+    assert f"{other['area_under_curve']:.2f} (by chance 0.50 ± {chance:.2f})" in text
+    assert same["area_under_curve"] >= 0.95
+    assert f"{same['area_under_curve']:.2f} for one's own tenant" in text
+    checks = [
+        check for form in result_of("compliance")["results"].values() for check in form.items()
+    ]
+    passed = [name for name, check in checks if check["status"] == "passed"]
+    assert f"{len(passed)} checks" in text
+    assert all(check["status"] == "skipped" for name, check in checks if name not in passed)
+    harness = result_of("harness")
+    assert harness["log_likelihood"]["worst_difference_from_engine"] == 0
+    assert harness["generation"]["share_different_from_engine"] == 0
+    assert f"{harness['log_likelihood']['requests']} log-likelihoods" in text
+    assert f"{harness['generation']['requests']} texts" in text
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)

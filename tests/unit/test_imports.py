@@ -52,3 +52,18 @@ BOOKKEEPING = [*sorted((ROOT / "cache").glob("*.py")), ROOT / "engine" / "schedu
 @pytest.mark.parametrize("path", BOOKKEEPING, ids=lambda p: p.name)
 def test_bookkeeping_needs_no_arrays(path: Path) -> None:
     assert not [n for n in imports(path) if n.split(".")[0] in ("numpy", "torch")]
+
+
+CAN_RUN_WHAT_IT_READS = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
+CAN_RUN_WHAT_IT_READS |= {"torch", "transformers", "yaml", "runpy", "code", "codeop"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_nothing_that_is_read_can_be_run(path: Path) -> None:
+    names = {name.split(".")[0] for name in imports(path)}
+    assert not names & CAN_RUN_WHAT_IT_READS
+    assert "multiprocessing" not in names or "evals" in path.parts  # it sends pickles to a child
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    named = {node.func.id for node in calls if isinstance(node.func, ast.Name)}
+    assert not named & {"eval", "exec", "compile", "__import__"}
+    assert not any(keyword.arg == "allow_pickle" for node in calls for keyword in node.keywords)

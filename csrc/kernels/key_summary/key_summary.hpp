@@ -16,6 +16,11 @@ constexpr int64_t summary_bytes(int head_dim) { return 4 * int64_t(head_dim); }
 // highest (select_blocks): what is broken is not passed over. Plain C++, as pack_head.
 void summarize_keys(const uint16_t* keys, int head_dim, uint16_t* summary);
 
+// Of all keys of several blocks, from their summaries. `summaries` is of the first block of the pool,
+// block_bytes between them. A NaN stays one.
+void merge_summaries(const int32_t* blocks, int num_blocks, const uint8_t* summaries, int64_t block_bytes,
+                     int head_dim, uint16_t* summary);
+
 // Scores of blocks for the queries of a task: of each block the largest bound over the rows. `summary`
 // is of the first block of the pool, block_bytes between them.
 template <class S> void score_blocks(const AttentionTask& task, const uint8_t* summaries, int64_t block_bytes,

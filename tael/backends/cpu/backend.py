@@ -13,12 +13,23 @@ from numpy.typing import NDArray
 from tael import _native
 from tael.backends.base import NUM_CANDIDATES, ForwardBatch, HeadOutput, TieredBlocks
 from tael.backends.cpu.tiered_blocks import CPUTieredBlocks
-from tael.config import BLOCK_SIZE, MIN_BUDGET_BLOCKS, SchedulerConfig
+from tael.config import (
+    BLOCK_SIZE,
+    MIN_BUDGET_BLOCKS,
+    MIN_SCORED_SUPERBLOCKS,
+    SUPERBLOCK_BLOCKS,
+    SchedulerConfig,
+)
 from tael.errors import TaelError
 from tael.loader.tile_file import TileFile
 from tael.models.spec import Attention, CacheGroup, LayerSpec, ModelSpec, Rope, cache_groups
 
-if _native.BLOCK_TOKENS != BLOCK_SIZE or _native.MIN_BUDGET_BLOCKS != MIN_BUDGET_BLOCKS:
+if (
+    _native.BLOCK_TOKENS,
+    _native.MIN_BUDGET_BLOCKS,
+    _native.SUPERBLOCK_BLOCKS,
+    _native.MIN_SCORED_SUPERBLOCKS,
+) != (BLOCK_SIZE, MIN_BUDGET_BLOCKS, SUPERBLOCK_BLOCKS, MIN_SCORED_SUPERBLOCKS):
     raise ImportError("tael._native was built for other block sizes; build it again.")
 
 
@@ -114,6 +125,7 @@ class CPUBackend:
             batch.temperatures,
             batch.full_logits,
             batch.kv_budgets,
+            batch.restored_blocks,
         )
         return HeadOutput(*output, draw=self._native.draw)
 

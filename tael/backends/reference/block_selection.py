@@ -6,7 +6,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tael.backends.reference.layers import Float32
-from tael.config import NUM_RECENT_BLOCKS, NUM_SINK_BLOCKS
+from tael.config import (
+    MIN_SCORED_SUPERBLOCKS,
+    NUM_RECENT_BLOCKS,
+    NUM_SINK_BLOCKS,
+    SUPERBLOCK_BLOCKS,
+)
 
 
 def chosen_blocks(q: Float32, least: Float32, largest: Float32, budget: int) -> NDArray[np.int64]:
@@ -14,13 +19,30 @@ def chosen_blocks(q: Float32, least: Float32, largest: Float32, budget: int) -> 
     that share a KV head. ``least`` and ``largest`` [num_blocks, D] are of the keys of each block.
 
     The first and the last few, and those whose keys can score highest with any of the heads
-    (Quest, arXiv:2406.10774); of equal ones the earliest.
+    (Quest, arXiv:2406.10774); of equal ones the earliest. Where there are many superblocks, these
+    are of the best of them, or behind the last.
     """
-    bounds = np.maximum(q[:, None] * least, q[:, None] * largest).sum(axis=-1)
-    scores = bounds.max(axis=0)
     num_blocks = len(least)
     recent = np.arange(num_blocks - NUM_RECENT_BLOCKS, num_blocks)
     between = np.arange(NUM_SINK_BLOCKS, num_blocks - NUM_RECENT_BLOCKS)
-    best = between[np.argsort(-scores[between], kind="stable")]
+    num_superblocks = num_blocks // SUPERBLOCK_BLOCKS
+    most = max(MIN_SCORED_SUPERBLOCKS, budget // 8)
+    if num_superblocks > most:
+        shape = (num_superblocks, SUPERBLOCK_BLOCKS, -1)
+        end = num_superblocks * SUPERBLOCK_BLOCKS
+        scores = _scores(
+            q, least[:end].reshape(shape).min(axis=1), largest[:end].reshape(shape).max(axis=1)
+        )
+        left_out = np.argsort(-scores, kind="stable")[most:]
+        between = between[~np.isin(between // SUPERBLOCK_BLOCKS, left_out)]
+    best = np.argsort(-_scores(q, least[between], largest[between]), kind="stable")
     num_scored = budget - 1 - NUM_SINK_BLOCKS - NUM_RECENT_BLOCKS
-    return np.concatenate([np.arange(NUM_SINK_BLOCKS), np.sort(best[:num_scored]), recent])
+    chosen = np.sort(between[best[:num_scored]])
+    return np.concatenate([np.arange(NUM_SINK_BLOCKS), chosen, recent])
+
+
+def _scores(q: Float32, least: Float32, largest: Float32) -> Float32:
+    """What the heads ``q`` [H, D] can score at most with keys of each range [N, D]: [N]."""
+    bounds = np.maximum(q[:, None] * least, q[:, None] * largest).sum(axis=-1)
+    scores: Float32 = bounds.max(axis=0)
+    return scores
