@@ -5,8 +5,7 @@
 A model with the shape and the weight formats of one of the catalogue, its weights random: none of
 them was trained for such lengths, and what a token costs does not depend on what it says. The
 prompt is computed once, reading as little as a budget may say; then tokens are decoded behind its
-beginnings, in turn. Writes ``benchmarks/results/million-tokens.json`` and draws the plot of
-``docs/long-context.md``.
+beginnings, in turn. Writes ``benchmarks/results/million-tokens.json``.
 """
 
 from __future__ import annotations

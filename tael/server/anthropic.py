@@ -8,6 +8,7 @@ from typing import Any
 
 from tael.economics.usage import anthropic as anthropic_usage
 from tael.request import FinishReason, SamplingParams, Usage
+from tael.server import chat
 from tael.server.anthropic_schema import (
     Block,
     CountTokensRequest,
@@ -18,7 +19,6 @@ from tael.server.anthropic_schema import (
     ToolResultBlock,
     ToolUseBlock,
 )
-from tael.server.chat import check_length
 from tael.server.errors import ApiError
 from tael.server.openai_schema import Function, NamedFunction, NamedTool, Tool
 from tael.server.service import Piece, Run, Service, Work
@@ -51,11 +51,7 @@ async def prompt_of(service: Service, request: CountTokensRequest) -> list[int]:
     """Token ids of a conversation. Raises ApiError."""
     tool_use = _tool_use(request)
     tool_use.check(service)
-    messages = list(_messages(request))
-    check_length(service, messages)
-    tokenizer = service.engine.tokenizer
-    arguments = tool_use.template_arguments()
-    return await service.in_thread(lambda: tokenizer.apply_chat_template(messages, **arguments))
+    return await chat.prompt_of(service, list(_messages(request)), tool_use)
 
 
 def _tool_use(request: CountTokensRequest) -> ToolUse:

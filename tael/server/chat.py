@@ -31,7 +31,6 @@ FINISH_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
 
 async def answer(service: Service, run: Run, request: ChatRequest) -> dict[str, Any] | EventStream:
     """The response, or the stream of it. Raises ApiError."""
-    tokenizer = service.engine.tokenizer
     tool_use = ToolUse(request.tools or (), request.tool_choice)
     tool_use.check(service)
     grammar = grammar_of(
@@ -42,9 +41,7 @@ async def answer(service: Service, run: Run, request: ChatRequest) -> dict[str, 
         parallel_tool_calls=request.parallel_tool_calls,
     )
     messages = [template_message(message) for message in request.messages]
-    check_length(service, messages)
-    arguments = tool_use.template_arguments()
-    prompt = await service.in_thread(lambda: tokenizer.apply_chat_template(messages, **arguments))
+    prompt = await prompt_of(service, messages, tool_use)
     params = _params(request, service)
     await run.start(Work([prompt], params, request.stream, grammar))
     writer = _Writer(service, run, request, tool_use)
@@ -86,10 +83,15 @@ def arguments_object(text: str, param: str) -> dict[str, Any]:
     return value
 
 
-def check_length(service: Service, messages: Sequence[Mapping[str, Any]]) -> None:
-    """Raises ApiError for a conversation so long that it cannot fit, before it takes the time to
-    be written and tokenised."""
+async def prompt_of(
+    service: Service, messages: Sequence[Mapping[str, Any]], tool_use: ToolUse
+) -> list[int]:
+    """The tokens of a conversation, in any dialect. Raises ApiError for one so long that it cannot
+    fit, before it takes the time to be written and tokenised."""
     service.check_length(sum(len(message["content"]) for message in messages))
+    tokenizer = service.engine.tokenizer
+    arguments = tool_use.template_arguments()
+    return await service.in_thread(lambda: tokenizer.apply_chat_template(messages, **arguments))
 
 
 def text_of(content: Content | None) -> str:

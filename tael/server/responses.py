@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 from tael.economics.usage import openai_responses
 from tael.request import FinishReason
-from tael.server.chat import arguments_object, check_length, sampling_params
+from tael.server.chat import arguments_object, prompt_of, sampling_params
 from tael.server.errors import ApiError
-from tael.server.openai_schema import Function, NamedFunction, NamedTool, Tool
+from tael.server.openai_schema import Function, JsonObjectFormat, NamedFunction, NamedTool, Tool
 from tael.server.responses_schema import (
     FunctionCallItem,
     FunctionCallOutput,
-    JsonObjectFormat,
     JsonSchemaFormat,
     NamedFunctionTool,
     ResponsesRequest,
@@ -42,11 +40,7 @@ async def answer(
         ignore_eos=request.ignore_eos,
         parallel_tool_calls=request.parallel_tool_calls,
     )
-    messages = _messages(request)
-    check_length(service, messages)
-    tokenizer = service.engine.tokenizer
-    arguments = tool_use.template_arguments()
-    prompt = await service.in_thread(partial(tokenizer.apply_chat_template, messages, **arguments))
+    prompt = await prompt_of(service, _messages(request), tool_use)
     params = sampling_params(
         request,
         vocab_size=service.engine.ready.vocab_size,

@@ -6,7 +6,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from tael.server.openai_schema import FunctionName, JsonObject, MaxTokens, Name, Sampling, Strict
+from tael.server.openai_schema import (
+    FunctionName,
+    JsonObject,
+    JsonObjectFormat,
+    MaxTokens,
+    Name,
+    Sampling,
+    Strict,
+    TextFormat,
+)
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 
@@ -72,14 +81,6 @@ InputItem = Annotated[
         custom_error_message="items are of type message, function_call or function_call_output",
     ),
 ]
-
-
-class TextFormat(Strict):
-    type: Literal["text"]
-
-
-class JsonObjectFormat(Strict):
-    type: Literal["json_object"]
 
 
 class JsonSchemaFormat(Strict):
