@@ -69,7 +69,10 @@ class QuantizedBuffer {
       : bytes_(max_tokens * padded_columns(max_columns) / kGroupColumns * kGroupBytes) {}
 
   QuantizedRows rows(int64_t num_tokens, int64_t columns) const {
-    return {bytes_.data(), padded_columns(columns) / kGroupColumns, num_tokens, pack_size(num_tokens)};
+    return packs_of(pack_size(num_tokens), num_tokens, columns);
+  }
+  QuantizedRows packs_of(int64_t pack_size, int64_t num_tokens, int64_t columns) const {
+    return {bytes_.data(), padded_columns(columns) / kGroupColumns, num_tokens, pack_size};
   }
   int64_t bytes() const { return bytes_.bytes(); }
 

@@ -23,6 +23,10 @@ struct HeadOutput {
 
 // Sums of exponentials are kept for each piece and added in ascending order, so that they round
 // alike whichever thread took a piece.
+//
+// Rounding the rows to int8 would cost a quarter of the whole model's divergence (benchmarks/kld.py),
+// so a row has a second int8 term, what the first left over. That is multiplied where it matters: with
+// the pieces that hold the tokens that are the most likely by the first term.
 class LMHead {
  public:
   LMHead() = default;
@@ -42,10 +46,13 @@ class LMHead {
   int64_t bytes() const;
 
  private:
+  static constexpr int64_t kRefinedTokens = 16;
+
   struct Input {
-    Input(int64_t max_logits, const LMHead& head);
+    Input(int64_t max_logits, int64_t columns);
     Rows floats;
-    QuantizedBuffer quantized;
+    QuantizedBuffer first_terms;
+    QuantizedBuffer terms;  // both of a row side by side, in a pack of their own
   };
   // The most likely tokens of a row among the pieces that one thread took, and some more.
   struct Candidates {
@@ -53,31 +60,41 @@ class LMHead {
     int64_t count;
     float limit;  // logits below are not among them
     void keep(int64_t num);
+    void clear() { count = 0, limit = -__builtin_inff(); }
   };
 
-  // Int8 rows that stand for one row of the input.
-  int terms() const { return is_float(weight_.format) ? 1 : 2; }
+  bool is_rounded() const { return !is_float(weight_.format); }
+  // Candidates that stay while pieces are refined: some of them may turn out to be less likely.
+  int64_t num_kept() const { return num_candidates_ + (is_rounded() ? kRefinedTokens : 0); }
   int64_t piece_tiles() const { return tiles_at_a_time(weight_); }
   int64_t piece_width() const { return piece_tiles() * kTileRows; }
   int64_t num_pieces() const { return (num_tiles(weight_.rows) + piece_tiles() - 1) / piece_tiles(); }
   int64_t sums_stride() const { return padded_columns(num_pieces()); }
 
-  LinearInput gather(const Step& s, const Rows& normed) const;
+  const Input& input(const Step& s) const { return s.replicated() ? inputs_[s.thread] : inputs_.back(); }
+  QuantizedRows terms(const Input& input, int64_t row) const;
+  void gather(const Step& s, const Rows& normed, const LinearInput& x) const;
   void multiply(const Kernels& kernels, int64_t piece, const LinearInput& x, float* out) const;
-  int64_t finish_logits(const Kernels& kernels, int64_t piece, float* row) const;
-  void add_piece(const Step& s, int64_t piece, int64_t row, const float* logits, int64_t count);
+  void multiply_refined(const Kernels& kernels, int64_t piece, const Input& input, int64_t row, float* out) const;
+  void add_piece(const Step& s, int64_t piece, int64_t row, float* logits);
+  int64_t mask_padding(int64_t piece, float* logits) const;
+  Candidates& merge_candidates(int64_t row);
+  void choose_refined(int64_t row);
+  bool is_refined(int64_t row, int64_t piece) const;
   void finish_row(const Step& s, int64_t row);
 
   Matrix weight_{};
   int64_t max_logits_ = 0, num_candidates_ = 0;
   std::vector<Input> inputs_;            // per thread for replicated steps, then one for all others
-  LinearInput x_{};                      // of the last step
-  std::vector<Buffer<float>> scratch_;   // per thread: logits of a piece, all terms of all rows
+  const Input* last_input_ = nullptr;    // of the last step
+  std::vector<Buffer<float>> scratch_;   // per thread: logits of a piece for all rows
   Buffer<float> maxima_;                 // [max_logits, sums_stride()]: of each piece
   Buffer<float> sums_, scaled_sums_;     // likewise; in the end relative to the maximum of the row
   Buffer<float> factors_;                // 1 / temperature
   Buffer<Candidate> candidate_buffer_;
   std::vector<Candidates> candidates_;   // [num_threads, max_logits]
+  std::vector<int64_t> refined_;         // [max_logits, kRefinedTokens]: pieces, the first num_refined_
+  std::vector<int64_t> num_refined_;     // [max_logits]
   HeadOutput out_;
 };
 

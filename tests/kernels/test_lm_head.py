@@ -15,6 +15,7 @@ from tael.backends.cpu.backend import CPUBackend
 from tael.backends.reference.head import head_output
 from tael.config import BLOCK_SIZE
 from tael.models.spec import ModelSpec, cache_groups
+from tael.quant.dequantize import dequantize
 
 HIDDEN_SIZE = 64
 UNIFORMS = (0.0, 0.01, 0.3, 0.5, 0.77, 0.999, 1 - 2.0**-52)
@@ -162,6 +163,28 @@ def test_the_share_of_the_work_does_not_matter(format_name: str) -> None:
         for full_logits in (True, False):
             assert told(backend, slice(0, 40), full_logits) == expected
             assert told(backend, slice(0, 3), full_logits) == expected[:3]
+
+
+@pytest.mark.usefixtures("isa")
+def test_rounding_hardly_shows_in_what_is_likely() -> None:
+    """Of a row in two int8 terms the second is left out for unlikely tokens only."""
+    num_likely = 16  # half of kRefinedTokens in csrc/model/lm_head.hpp: the last ones change places
+    spec = replace(random_spec(1, 1, 32, [None]), vocab_size=40000)
+    checkpoint = RandomCheckpoint(spec, "Q8_0")
+    for name, raw in checkpoint.rows.items():
+        if name.startswith("layers.") and "norm" not in name:
+            raw[:] = 0
+    tokens = np.arange(10, dtype=np.int32)
+    hidden, weights = (
+        dequantize("Q8_0", checkpoint.rows[name], HIDDEN_SIZE).astype(np.float64)
+        for name in ("embed_tokens.weight", "lm_head.weight")
+    )
+    hidden = hidden[tokens] / np.sqrt((hidden[tokens] ** 2).mean(1, keepdims=True) + spec.norm_eps)
+    exact = hidden * checkpoint.rows["norm.weight"].view(np.float32) @ weights.T
+    head = forward(bound(spec, checkpoint, num_threads=2), tokens, some_temperatures(10))
+    errors = np.abs(head.logits - exact)
+    likely = np.take_along_axis(errors, head.top_token_ids[:, :num_likely], 1)
+    assert 20 * likely.max() < np.median(errors)
 
 
 @pytest.mark.usefixtures("isa")
