@@ -1,4 +1,4 @@
-"""Tables and plots of ``docs/performance.md`` and ``docs/server.md`` from the result files.
+"""Tables and plots of the documents from the result files.
 
 python -m benchmarks.report      writes both, into the places that the documents keep for them
 """
@@ -11,14 +11,16 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from benchmarks import long_context_tables as long_context
 from benchmarks.cases import GRID, GROUPS
+from benchmarks.markdown import number, table, time
 from tael.evals.limits import Limits
 from tael.evals.plot import Line, plot
 from tael.evals.speed import TokenCost
 
 RESULTS = Path(__file__).with_name("results")
 DOCS = Path(__file__).parents[1] / "docs"
-DOCUMENTS = (DOCS / "performance.md", DOCS / "server.md")
+DOCUMENTS = tuple(DOCS / f"{name}.md" for name in ("performance", "long-context", "server"))
 MODELS = ("smollm2-135m", "gemma3-270m", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b")
 PLOTTED = "qwen2.5-coder-0.5b"
 
@@ -32,6 +34,13 @@ def tables(results: Path = RESULTS) -> dict[str, str]:
         "kernels": ("kernels", kernel_table),
         "overhead": ("overhead", overhead_table),
         "speculation": ("speculation", speculation_table),
+        "kv-formats": ("kv-formats", long_context.format_table),
+        "long-context": ("long-context", long_context.mode_table),
+        "long-prefill": ("long-prefill", long_context.prefill_table),
+        "tiered": ("tiered", long_context.tier_table),
+        "million-tokens": ("million-tokens", long_context.length_table),
+        "context-0.5b": ("context-qwen2.5-coder-0.5b", long_context.quality_table),
+        "context-1.5b": ("context-qwen2.5-coder-1.5b", long_context.quality_table),
         "server-load": ("server-load", load_table),
         "server-peer": ("server-load", peer_table),
         "server-disconnects": ("server-disconnects", disconnect_table),
@@ -53,11 +62,11 @@ def speed_reports(results: Path) -> dict[str, Any]:
 
 def ratio_table(reports: dict[str, Any]) -> str:
     """Tael's speed over llama.cpp's, case by case."""
-    lines = [_row("case", *reports), _row(*["---"] * (1 + len(reports)))]
+    rows = []
     for case in GRID:
         cells = [report["cases"].get(case, {}).get("ratio", {}) for report in reports.values()]
-        lines.append(_row(case, *(_number(cell.get("llama.cpp"), 2) for cell in cells)))
-    return "\n".join(lines)
+        rows.append((case, *(number(cell.get("llama.cpp"), 2) for cell in cells)))
+    return table(("case", *reports), rows)
 
 
 def model_table(report: dict[str, Any]) -> str:
@@ -66,16 +75,16 @@ def model_table(report: dict[str, Any]) -> str:
     names = list(dict.fromkeys(name for case in cases.values() for name in case["engines"]))
     names.sort(key=lambda name: name != "tael")
     head = ["case", *(name.replace("tael", "Tael") for name in names), "limit", "Tael's share"]
-    lines = [_row(*head), _row(*["---"] * len(head))]
+    rows = []
     for name in dict.fromkeys((*GRID, *GROUPS["depths"], *GROUPS["batches"])):
         if name in cases:
             case = cases[name]
             speeds = [case["engines"].get(engine, {}).get("tokens_per_s") for engine in names]
             limit = workload_limit(case)
             share = case.get("share_of_read_bandwidth", speeds[0] / limit)
-            cells = (*(_number(speed, 1) for speed in speeds), f"{limit:.0f}", f"{share:.0%}")
-            lines.append(_row(name, *cells))
-    return "\n".join(lines)
+            cells = (*(number(speed, 1) for speed in speeds), f"{limit:.0f}", f"{share:.0%}")
+            rows.append((name, *cells))
+    return table(head, rows)
 
 
 def kernel_table(report: dict[str, Any]) -> str:
@@ -85,40 +94,40 @@ def kernel_table(report: dict[str, Any]) -> str:
         by_tokens = ratios.setdefault(cell["type"], {})
         by_tokens.setdefault(cell["num_tokens"], []).append(cell["ratio"])
     columns = sorted({tokens for by_tokens in ratios.values() for tokens in by_tokens})
-    lines = [_row("weights", *columns), _row(*["---"] * (1 + len(columns)))]
+    rows = []
     for name, by_tokens in ratios.items():
         spans = (by_tokens.get(tokens, []) for tokens in columns)
-        lines.append(_row(name, *(f"{min(s):.2f}-{max(s):.2f}" if s else "" for s in spans)))
-    return "\n".join(lines)
+        rows.append((name, *(f"{min(s):.2f}-{max(s):.2f}" if s else "" for s in spans)))
+    return table(("weights", *columns), rows)
 
 
 def overhead_table(report: dict[str, Any]) -> str:
     """What Python takes of a decode step, by model, batch and speculation."""
     head = ("model", "batch", "speculation", "tokens a step", "step", "Python", "share")
-    lines = [_row(*head), _row(*["---"] * len(head))]
+    rows = []
     for result in report["results"]:
-        lines.append(
-            _row(
+        rows.append(
+            (
                 result["model"],
                 result["batch"],
                 "on" if result["speculation"] else "off",
-                _number(result["tokens_per_step"], 1),
+                number(result["tokens_per_step"], 1),
                 f"{result['step_ms']:.2f} ms",
                 f"{result['python_ms']:.2f} ms",
                 f"{result['python_share']:.1%}",
             )
         )
-    return "\n".join(lines)
+    return table(head, rows)
 
 
 def speculation_table(report: dict[str, Any]) -> str:
     """Decoding with speculation beside decoding without it."""
     head = ("model", "task", "drafts accepted", "plain", "speculative", "ratio")
-    lines = [_row(*head), _row(*["---"] * len(head))]
+    rows = []
     for result in report["results"]:
         for case in result["cases"]:
-            lines.append(
-                _row(
+            rows.append(
+                (
                     result["model"],
                     case["case"],
                     f"{case['num_accepted_tokens']} of {case['num_draft_tokens']}",
@@ -127,7 +136,7 @@ def speculation_table(report: dict[str, Any]) -> str:
                     f"{case['ratio']:.2f}",
                 )
             )
-    return "\n".join(lines)
+    return table(head, rows)
 
 
 LATENCIES = {
@@ -145,10 +154,10 @@ def load_table(report: dict[str, Any]) -> str:
     """What users saw, by how many they were."""
     times = [f"{name}, p50 / p99" for name in LATENCIES.values()]
     head = ("users", "answers", "errors", "tokens/s", *times, "refused", "refusal p99")
-    lines = [_row(*head), _row(*["---"] * len(head))]
+    rows = []
     for result in (report[name] for name in USERS if name in report):
-        lines.append(
-            _row(
+        rows.append(
+            (
                 result["users"],
                 f"{result['answers']:,}",
                 result["errors"],
@@ -158,7 +167,7 @@ def load_table(report: dict[str, Any]) -> str:
                 f"{1e3 * result['refused_s']['p99']:.0f} ms" if "refused_s" in result else "-",
             )
         )
-    return "\n".join(lines)
+    return table(head, rows)
 
 
 def peer_table(report: dict[str, Any]) -> str:
@@ -167,16 +176,16 @@ def peer_table(report: dict[str, Any]) -> str:
     if result is None:
         return ""
     head = ("", "Tael", "llama-server", "Tael / llama-server")
-    lines = [_row(*head), _row(*["---"] * len(head))]
+    rows = []
     sides = [result["tael"], result["llama-server"]]
     cells = [f"{mean(r['output_tokens_per_s'] for r in side):.0f}" for side in sides]
     ratio = result["ratio"]
-    lines.append(_row("output tokens/s", *cells, f"{ratio['output_tokens_per_s']:.2f}"))
+    rows.append(("output tokens/s", *cells, f"{ratio['output_tokens_per_s']:.2f}"))
     for latency, name in LATENCIES.items():
         for rank in ("p50", "p99"):
-            cells = [_time(mean(r[latency][rank] for r in side)) for side in sides]
-            lines.append(_row(f"{name}, {rank}", *cells, f"{ratio[f'{latency} {rank}']:.2f}"))
-    return "\n".join(lines)
+            cells = [time(mean(r[latency][rank] for r in side)) for side in sides]
+            rows.append((f"{name}, {rank}", *cells, f"{ratio[f'{latency} {rank}']:.2f}"))
+    return table(head, rows)
 
 
 def disconnect_table(report: dict[str, Any]) -> str:
@@ -187,7 +196,7 @@ def disconnect_table(report: dict[str, Any]) -> str:
     others = sum(abs(value) for name, value in result.items() if name not in found)
     head = ("disconnects", "requests on record", "prompt tokens", "output tokens", "all else")
     cells = [*(f"{result[name]:,}" for name in seen), f"{others:g}"]
-    return "\n".join([_row(*head), _row(*["---"] * len(head)), _row(*cells)])
+    return table(head, [cells])
 
 
 def kill_table(report: dict[str, Any]) -> str:
@@ -200,7 +209,7 @@ def kill_table(report: dict[str, Any]) -> str:
     head += ("settled by the next start", "engine away", "server away", "all else")
     cells = [f"{result[name]:,}" for name in (*seen, "settled_by_recovery")]
     cells += [f"{result['recovery_s'][name]['median']:.1f} s" for name in ("engine", "server")]
-    return "\n".join([_row(*head), _row(*["---"] * len(head)), _row(*cells, others)])
+    return table(head, [(*cells, others)])
 
 
 def hang_table(report: dict[str, Any]) -> str:
@@ -208,21 +217,20 @@ def hang_table(report: dict[str, Any]) -> str:
     hangs, drain = report["hangs"], report["drain"]
     ended = sum(hang["streams_ended_by_error"] for hang in hangs)
     worst = {name: f"{max(hang[name] for hang in hangs):.1f} s" for name in hangs[0]}
-    return "\n".join(
+    return table(
+        ("signal", "what follows"),
         [
-            _row("signal", "what follows"),
-            _row("---", "---"),
-            _row(
+            (
                 f"SIGSTOP of the engine, {len(hangs)} times",
                 f"not ready after {worst['not_ready_s']}; {ended} of "
                 f"{sum(hang['streams'] for hang in hangs)} streams ended by an error event, after "
                 f"{worst['streams_ended_s']}; ready again after {worst['ready_again_s']}",
             ),
-            _row(
+            (
                 f"SIGTERM of the server under {drain['streams']} streams",
                 f"{drain['answered_whole']} answered whole; exit code {drain['exit_code']}",
             ),
-        ]
+        ],
     )
 
 
@@ -300,20 +308,8 @@ def _marks(place: str) -> tuple[str, str]:
     return f"<!-- table {place} -->\n", "\n<!-- end -->"
 
 
-def _row(*cells: object) -> str:
-    return "| " + " | ".join(map(str, cells)) + " |"
-
-
 def _latency(percentiles: dict[str, float]) -> str:
-    return " / ".join(map(_time, percentiles.values()))
-
-
-def _time(seconds: float) -> str:
-    return f"{1e3 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+    return " / ".join(map(time, percentiles.values()))
 
 
 if __name__ == "__main__":

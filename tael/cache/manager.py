@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
+from typing import TypeAlias
 
 from tael.cache.block_hash import block_hash, root_hash
 from tael.cache.block_pool import BlockPool
@@ -14,6 +16,9 @@ from tael.cache.tier import Tier
 from tael.models.spec import CacheGroup
 from tael.request import Request
 
+Table: TypeAlias = "array[int]"
+"""Blocks. An array, which numpy copies in no time: every step reads that of every request."""
+
 RELEASED = -1
 """In a block table: no query looks at these positions any more."""
 
@@ -22,12 +27,12 @@ RELEASED = -1
 class _Holding:
     """The blocks of one running request."""
 
-    tables: tuple[list[int], ...]
+    tables: tuple[Table, ...]
     firsts: list[int]
     """Per group, the first entry of the table that is not released."""
     num_published: int
     """Leading blocks already offered to the prefix cache."""
-    open_tables: tuple[list[int], ...]
+    open_tables: tuple[Table, ...]
     """Per group that fills blocks in a pool of their own: those of table entries..."""
     first_open: int
     """...from this one on."""
@@ -93,8 +98,8 @@ class CacheManager:
         num_computed_tokens = num_hits * self.block_size
 
         # Hits are referenced in all groups before a block is taken in any: taking may evict.
-        tables: tuple[list[int], ...] = tuple([] for _ in self.groups)
-        open_tables: tuple[list[int], ...] = tuple([] for _ in self.groups)
+        tables = tuple(array("i") for _ in self.groups)
+        open_tables = tuple(array("i") for _ in self.groups)
         holding = _Holding(tables, [], num_hits, open_tables, num_hits)
         for group, pool, table in zip(self.groups, self.pools, holding.tables, strict=True):
             first = group.first_block(num_computed_tokens, self.block_size)
@@ -204,12 +209,12 @@ class CacheManager:
             for block in reversed(table[first:]):
                 pool.deref(block)
 
-    def block_tables(self, request: Request) -> tuple[list[int], ...]:
+    def block_tables(self, request: Request) -> tuple[Table, ...]:
         """One table per group; entry i is the block of positions ``i * block_size`` onward, or
         RELEASED. They are the live tables: read them before the next call, do not write."""
         return self._holdings[request].tables
 
-    def open_tables(self, request: Request) -> tuple[list[int], ...]:
+    def open_tables(self, request: Request) -> tuple[Table, ...]:
         """One table per group, of blocks in the pool of those that are being filled: entry i is
         that of entry ``num_computed_tokens // block_size + i`` of the block table. Empty for a
         group that has no such pool. Live, as ``block_tables``."""

@@ -46,20 +46,6 @@ def test_start_table() -> None:
     assert rows == expected
 
 
-def test_kv_formats_table() -> None:
-    results = json.loads((ROOT / "benchmarks" / "results" / "kv-formats.json").read_text())
-    expected = [
-        f"| {r['model']} | {name} | {cell['bytes_per_token']:,} of "
-        f"{r['formats']['bf16']['bytes_per_token']:,} | {cell['mean_kld']:.5f} "
-        f"| {100 * cell['same_top']:.1f}% |"
-        for r in results["results"]
-        for name, cell in r["formats"].items()
-        if name != "bf16"
-    ]
-    text = (ROOT / "docs" / "long-context.md").read_text()
-    assert re.findall(r"^\| .* of .*%.*$", text, re.MULTILINE) == expected
-
-
 def test_activation_rounding_table() -> None:
     path = ROOT / "benchmarks" / "results" / "activation-rounding.json"
     cases = json.loads(path.read_text())["cases"]
