@@ -5,7 +5,8 @@
 //     value(row, column) = scale(group, part) * (q - kZero)                   kZero >= 0
 //     value(row, column) = scale(group, part) * q + minimum(group, part)      kHasMin, kZero == 0
 //
-// q is an unsigned byte of values<step>(group), which is columns 4 * step to 4 * step + 3.
+// q is an unsigned byte of values<step>(group), which is columns 4 * step to 4 * step + 3. Where these take
+// one or two instructions (kCheapValues), packed_values<step>(block, group) has them without the block being open.
 #pragma once
 
 #include "common/half.hpp"
@@ -46,7 +47,7 @@ template <class S> typename S::F load_e8m0_half(const uint8_t* p) {
 // Formats of 32 columns a block: planes, then d, then (kHasMin) m.
 template <class S, int planes, int zero, bool has_min> struct Simple {
   static constexpr int kGroups = 1, kSub = 32, kZero = zero;
-  static constexpr bool kHasMin = has_min;
+  static constexpr bool kHasMin = has_min, kCheapValues = false;
   static constexpr int kBlockBytes = planes + 32 + (has_min ? 32 : 0);
   const uint8_t* block;
   typename S::F d, m;
@@ -59,7 +60,11 @@ template <class S, int planes, int zero, bool has_min> struct Simple {
 
 template <class S, int zero, bool has_min> struct FourBit : Simple<S, kNibbles, zero, has_min> {
   using Simple<S, kNibbles, zero, has_min>::Simple;
-  template <int step> typename S::B values(int) const { return nibble_step<S, step>(this->block); }
+  static constexpr bool kCheapValues = true;
+  template <int step> static typename S::B packed_values(const uint8_t* block, int) {
+    return nibble_step<S, step>(block);
+  }
+  template <int step> typename S::B values(int) const { return packed_values<step>(this->block, 0); }
 };
 template <class S> using Q4_0 = FourBit<S, 8, false>;
 template <class S> using Q4_1 = FourBit<S, 0, true>;
@@ -77,9 +82,11 @@ template <class S> using Q5_1 = FiveBit<S, 0, true>;
 
 template <class S> struct Q8_0 : Simple<S, kBytes, 128, false> {
   using Simple<S, kBytes, 128, false>::Simple;
-  template <int step> typename S::B values(int) const {
-    return S::load_bytes(this->block + step * 64);
+  static constexpr bool kCheapValues = true;
+  template <int step> static typename S::B packed_values(const uint8_t* block, int) {
+    return S::load_bytes(block + step * 64);
   }
+  template <int step> typename S::B values(int) const { return packed_values<step>(this->block, 0); }
 };
 
 template <class S> struct IQ4_NL : Simple<S, kNibbles, 128, false> {
@@ -91,7 +98,7 @@ template <class S> struct IQ4_NL : Simple<S, kNibbles, 128, false> {
 
 template <class S> struct MXFP4 {
   static constexpr int kGroups = 1, kSub = 32, kZero = 128, kBlockBytes = kNibbles + 16;
-  static constexpr bool kHasMin = false;
+  static constexpr bool kHasMin = false, kCheapValues = false;
   const uint8_t* block;
   typename S::F d;
   explicit MXFP4(const uint8_t* p) : block(p), d(load_e8m0_half<S>(p + kNibbles)) {}
@@ -104,7 +111,7 @@ template <class S> struct MXFP4 {
 // Q4_K, Q5_K: planes of 8 groups, 6-bit scales and minimums, d, dmin.
 template <class S, int planes> struct AffineK {
   static constexpr int kGroups = 8, kSub = 32, kZero = 0, kBlockBytes = planes + 192 + 64;
-  static constexpr bool kHasMin = true;
+  static constexpr bool kHasMin = true, kCheapValues = false;
   const uint8_t* block;
   typename S::F scales[8], minimums[8];
   explicit AffineK(const uint8_t* p) : block(p) {
@@ -122,9 +129,11 @@ template <class S, int planes> struct AffineK {
 
 template <class S> struct Q4_K : AffineK<S, 8 * kNibbles> {
   using AffineK<S, 8 * kNibbles>::AffineK;
-  template <int step> typename S::B values(int g) const {
-    return nibble_step<S, step>(this->block + g * kNibbles);
+  static constexpr bool kCheapValues = true;
+  template <int step> static typename S::B packed_values(const uint8_t* block, int g) {
+    return nibble_step<S, step>(block + g * kNibbles);
   }
+  template <int step> typename S::B values(int g) const { return packed_values<step>(this->block, g); }
 };
 
 template <class S> struct Q5_K : AffineK<S, 8 * (kNibbles + kBits1)> {
@@ -137,7 +146,7 @@ template <class S> struct Q5_K : AffineK<S, 8 * (kNibbles + kBits1)> {
 
 template <class S> struct Q6_K {
   static constexpr int kGroups = 8, kSub = 16, kZero = 32;
-  static constexpr bool kHasMin = false;
+  static constexpr bool kHasMin = false, kCheapValues = false;
   static constexpr int kScales = 8 * (kNibbles + kBits2), kBlockBytes = kScales + 256 + 32;
   const uint8_t* block;
   typename S::F d;
@@ -153,7 +162,7 @@ template <class S> struct Q6_K {
 
 template <class S> struct Q3_K {
   static constexpr int kGroups = 8, kSub = 16, kZero = 4;
-  static constexpr bool kHasMin = false;
+  static constexpr bool kHasMin = false, kCheapValues = false;
   static constexpr int kScales = 8 * (kBits2 + kBits1), kBlockBytes = kScales + 192 + 32;
   const uint8_t* block;
   typename S::F d;
@@ -170,7 +179,7 @@ template <class S> struct Q3_K {
 
 template <class S> struct Q2_K {
   static constexpr int kGroups = 8, kSub = 16, kZero = 0;
-  static constexpr bool kHasMin = true;
+  static constexpr bool kHasMin = true, kCheapValues = false;
   static constexpr int kScales = 8 * kBits2, kBlockBytes = kScales + 256 + 64;
   const uint8_t* block;
   typename S::F d, dmin;

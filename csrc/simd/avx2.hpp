@@ -17,6 +17,7 @@ struct Avx2 {
 
   // Of 16 registers, two to each accumulator.
   static constexpr int kPanelTiles = 1, kPanelTokens = 3, kTileTokens = 2;
+  static constexpr bool kIdleUnits = false;  // beside dot products
   static constexpr int kAttentionRows = 2;
 
   static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }

@@ -17,6 +17,7 @@ struct Avx512 {
 
   // 24 accumulators, integer and float, of 32 registers; one broadcast serves two dot products.
   static constexpr int kPanelTiles = 2, kPanelTokens = 6, kTileTokens = 6;
+  static constexpr bool kIdleUnits = true;  // beside dot products
   static constexpr int kAttentionRows = 8;
 
   static F zero() { return _mm512_setzero_ps(); }

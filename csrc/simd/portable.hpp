@@ -20,6 +20,7 @@ struct Portable {
   // Shape of the matmul kernels: tiles and tokens of the innermost loop over unpacked weights, and
   // tokens where a tile is unpacked on the way.
   static constexpr int kPanelTiles = 1, kPanelTokens = 2, kTileTokens = 2;
+  static constexpr bool kIdleUnits = false;  // beside dot products
   static constexpr int kAttentionRows = 2;  // that share what is read of K and V
 
   template <class Fn> static F map(Fn fn) {

@@ -5,7 +5,8 @@
 // not depend on its batch. Integer parts are exact, so their order is free.
 //
 // Up to one pack of tokens takes its weights from the tile as it unpacks them; more tokens take
-// them from a panel, in which a piece of a few tiles has been unpacked once for all tokens.
+// them from a panel, for which a piece of a few tiles has been unpacked once: scales and minimums, and the
+// values if that is worth it.
 #pragma once
 
 #include "common/unrolled.hpp"
@@ -53,6 +54,41 @@ template <class S, int sub, int zero, bool has_min> struct Panel {
       }
     }
   }
+};
+
+// Likewise, but the values stay in the tile: beside dot products that leave vector units idle, to unpack them
+// for every pack of tokens takes less than to write and read more bytes. Formats whose values take more than two
+// instructions (Q5_0, Q6_K) lose by it, and so does AVX2.
+template <class S, class T> struct PackedPanel {
+  static constexpr int kSub = T::kSub, kZero = T::kZero, kParts = kGroupColumns / T::kSub;
+  static constexpr bool kHasMin = T::kHasMin;
+  const uint8_t* blocks;
+  alignas(64) float scales[kPanelGroups * kParts * kTileRows];
+  alignas(64) float minimums[kHasMin ? kPanelGroups * kParts * kTileRows : 1];
+
+  template <int step> typename S::B values(int g) const {
+    return T::template packed_values<step>(blocks + g / T::kGroups * T::kBlockBytes, g % T::kGroups);
+  }
+  typename S::F scale(int g, int part) const { return S::load(scales + (g * kParts + part) * kTileRows); }
+  typename S::F minimum(int g, int part) const { return S::load(minimums + (g * kParts + part) * kTileRows); }
+
+  template <class> void unpack(const uint8_t* tile, int num_groups) {
+    blocks = tile;
+    for (int first = 0; first < num_groups; first += T::kGroups, tile += T::kBlockBytes) {
+      const T block(tile);
+      for (int g = 0; g < T::kGroups; ++g)
+        for (int part = 0; part < kParts; ++part) {
+          const int at = ((first + g) * kParts + part) * kTileRows;
+          S::store(scales + at, block.scale(g, part));
+          if constexpr (kHasMin) S::store(minimums + at, block.minimum(g, part));
+        }
+    }
+  }
+};
+
+template <class S, class T> struct PanelOf { using type = Panel<S, T::kSub, T::kZero, T::kHasMin>; };
+template <class S, class T> requires(S::kIdleUnits && T::kCheapValues) struct PanelOf<S, T> {
+  using type = PackedPanel<S, T>;
 };
 
 // acc[tile][token] += group g of each tile times the same group of kTokens tokens. `x` is the
@@ -159,7 +195,7 @@ template <int kMost, class Fn> inline __attribute__((always_inline)) void split_
 
 template <class S, class T, int kTiles>
 void panel_matmul(const uint8_t* tiles, int64_t stride, const QuantizedRows& x, float* out, int64_t out_stride) {
-  using P = Panel<S, T::kSub, T::kZero, T::kHasMin>;
+  using P = typename PanelOf<S, T>::type;
   P panels[kTiles];
   for (int64_t g0 = 0; g0 < x.num_groups; g0 += kPanelGroups) {
     const int groups = x.num_groups - g0 < kPanelGroups ? int(x.num_groups - g0) : kPanelGroups;
