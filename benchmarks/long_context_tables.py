@@ -1,11 +1,10 @@
-"""Tables and the plot of ``docs/long-context.md``, from the reports of its benchmarks."""
+"""Tables of ``docs/long-context.md``, from the reports of its benchmarks."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from benchmarks.markdown import number, table, time
-from tael.evals.plot import Line
 from tael.memory.budget import format_bytes
 
 
@@ -96,11 +95,6 @@ def length_table(report: dict[str, Any]) -> str:
             for depth, row in report["depths"].items()
         ],
     )
-
-
-def length_line(report: dict[str, Any]) -> Line:
-    """(tokens of context, tokens per second)"""
-    return [(int(depth), 1000 / row["decode_ms"]) for depth, row in report["depths"].items()]
 
 
 def quality_table(report: dict[str, Any]) -> str:

@@ -24,20 +24,34 @@ constexpr int kPanelGroups = 32;
 constexpr int kPrefetchBytes = 8192;
 inline void prefetch(const uint8_t* line) { __builtin_prefetch(line, 0, 2); }
 
-// One tile's part of a panel: values as bytes, scales and minimums in float. It reads like an
-// opened block of a weight format (quant/tiles.hpp).
-template <class S, int sub, int zero, bool has_min> struct Panel {
+// One tile's part of a panel: scales and minimums in float. It reads like an opened block of a weight
+// format (quant/tiles.hpp).
+template <class S, int sub, int zero, bool has_min> struct PanelScales {
   static constexpr int kSub = sub, kZero = zero, kParts = kGroupColumns / sub;
   static constexpr bool kHasMin = has_min;
-  alignas(64) uint8_t bytes[kPanelGroups * tiles::kBytes];
   alignas(64) float scales[kPanelGroups * kParts * kTileRows];
   alignas(64) float minimums[has_min ? kPanelGroups * kParts * kTileRows : 1];
+
+  typename S::F scale(int g, int part) const { return S::load(scales + (g * kParts + part) * kTileRows); }
+  typename S::F minimum(int g, int part) const { return S::load(minimums + (g * kParts + part) * kTileRows); }
+
+  // Of group g of an opened block, which is group `to` of the panel.
+  template <class T> void unpack_scales(const T& block, int g, int to) {
+    for (int part = 0; part < kParts; ++part) {
+      const int at = (to * kParts + part) * kTileRows;
+      S::store(scales + at, block.scale(g, part));
+      if constexpr (has_min) S::store(minimums + at, block.minimum(g, part));
+    }
+  }
+};
+
+// With the values as bytes.
+template <class S, int sub, int zero, bool has_min> struct Panel : PanelScales<S, sub, zero, has_min> {
+  alignas(64) uint8_t bytes[kPanelGroups * tiles::kBytes];
 
   template <int step> typename S::B values(int g) const {
     return S::load_bytes(bytes + g * tiles::kBytes + step * 64);
   }
-  typename S::F scale(int g, int part) const { return S::load(scales + (g * kParts + part) * kTileRows); }
-  typename S::F minimum(int g, int part) const { return S::load(minimums + (g * kParts + part) * kTileRows); }
 
   template <class T> void unpack(const uint8_t* tile, int num_groups) {
     for (int first = 0; first < num_groups; first += T::kGroups, tile += T::kBlockBytes) {
@@ -46,42 +60,27 @@ template <class S, int sub, int zero, bool has_min> struct Panel {
         unrolled([&](auto step) {
           S::store_bytes(bytes + (first + g) * tiles::kBytes + step * 64, block.template values<step>(g));
         }, std::make_integer_sequence<int, 8>{});
-        for (int part = 0; part < kParts; ++part) {
-          const int at = ((first + g) * kParts + part) * kTileRows;
-          S::store(scales + at, block.scale(g, part));
-          if constexpr (has_min) S::store(minimums + at, block.minimum(g, part));
-        }
+        this->unpack_scales(block, g, first + g);
       }
     }
   }
 };
 
-// Likewise, but the values stay in the tile: beside dot products that leave vector units idle, to unpack them
-// for every pack of tokens takes less than to write and read more bytes. Formats whose values take more than two
-// instructions (Q5_0, Q6_K) lose by it, and so does AVX2.
-template <class S, class T> struct PackedPanel {
-  static constexpr int kSub = T::kSub, kZero = T::kZero, kParts = kGroupColumns / T::kSub;
-  static constexpr bool kHasMin = T::kHasMin;
+// With the values in the tile: beside dot products that leave vector units idle, to unpack them for every pack
+// of tokens takes less than to write and read more bytes. Formats whose values take more than two instructions
+// (Q5_0, Q6_K) lose by it, and so does AVX2.
+template <class S, class T> struct PackedPanel : PanelScales<S, T::kSub, T::kZero, T::kHasMin> {
   const uint8_t* blocks;
-  alignas(64) float scales[kPanelGroups * kParts * kTileRows];
-  alignas(64) float minimums[kHasMin ? kPanelGroups * kParts * kTileRows : 1];
 
   template <int step> typename S::B values(int g) const {
     return T::template packed_values<step>(blocks + g / T::kGroups * T::kBlockBytes, g % T::kGroups);
   }
-  typename S::F scale(int g, int part) const { return S::load(scales + (g * kParts + part) * kTileRows); }
-  typename S::F minimum(int g, int part) const { return S::load(minimums + (g * kParts + part) * kTileRows); }
 
   template <class> void unpack(const uint8_t* tile, int num_groups) {
     blocks = tile;
     for (int first = 0; first < num_groups; first += T::kGroups, tile += T::kBlockBytes) {
       const T block(tile);
-      for (int g = 0; g < T::kGroups; ++g)
-        for (int part = 0; part < kParts; ++part) {
-          const int at = ((first + g) * kParts + part) * kTileRows;
-          S::store(scales + at, block.scale(g, part));
-          if constexpr (kHasMin) S::store(minimums + at, block.minimum(g, part));
-        }
+      for (int g = 0; g < T::kGroups; ++g) this->unpack_scales(block, g, first + g);
     }
   }
 };
