@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,12 +33,12 @@ NUM_DECODE_TOKENS = 64
 def measure_mode(model: str, settings: dict[str, Any], depths: list[int], rounds: int) -> Any:
     with LLM(model, max_model_len=max(depths) + 1024, speculation=False, **settings) as llm:
         engine = llm.engine
-        prefill_s = {
-            depth: measure(engine, Workload(num_prompt_tokens=depth)).prefill_s for depth in depths
-        }
+        prefill_s = {}
+        for depth in depths:
+            start = time.perf_counter()
+            measure(engine, Workload(depth=depth))
+            prefill_s[depth] = time.perf_counter() - start
         workloads = [Workload(num_decode_tokens=NUM_DECODE_TOKENS, depth=d) for d in depths]
-        for workload in workloads:
-            measure(engine, workload)  # computes the context
         times: dict[int, list[float]] = {depth: [] for depth in depths}
         for i in range(rounds):
             for workload in workloads[:: -1 if i % 2 else 1]:

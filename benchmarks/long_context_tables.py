@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.markdown import number, table, time
+from tael.evals.plot import Line
 from tael.memory.budget import format_bytes
 
 
@@ -95,6 +96,17 @@ def length_table(report: dict[str, Any]) -> str:
             for depth, row in report["depths"].items()
         ],
     )
+
+
+def length_lines(report: dict[str, Any]) -> dict[str, Line]:
+    """The same as ratios to the shortest context."""
+    rows = {int(depth): row for depth, row in report["depths"].items()}
+    names = {"decode_ms": "time a token", "peak_rss_bytes": "peak memory", "kv_bytes": "KV"}
+    shortest = rows[min(rows)]
+    return {
+        label: [(depth, row[name] / shortest[name]) for depth, row in rows.items()]
+        for name, label in names.items()
+    }
 
 
 def quality_table(report: dict[str, Any]) -> str:

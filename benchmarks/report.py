@@ -288,6 +288,17 @@ def main() -> None:
             x_label=labels[group],
             log_x=group == "batches",
         )
+    file = RESULTS / "million-tokens.json"
+    if file.exists():
+        plot(
+            DOCS / "million-tokens.png",
+            long_context.length_lines(json.loads(file.read_text())),
+            {},
+            title="up to a million tokens in one memory budget",
+            x_label="tokens of context",
+            y_label="times what 32,768 tokens take",
+            log_x=True,
+        )
 
 
 def placed_tables() -> dict[str, str]:

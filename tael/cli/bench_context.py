@@ -53,7 +53,7 @@ def sample_options(
         click.option(
             "--questions",
             default=num_questions,
-            type=click.IntRange(1, 24),
+            type=click.IntRange(1, 50),
             metavar="N",
             show_default=True,
             help="About each haystack, at most; tasks of several facts a question ask fewer.",

@@ -1,4 +1,4 @@
-"""Lines of speed over depth or batch size, with what the machine allows drawn in."""
+"""Lines of what a length or a batch costs, with what the machine allows drawn in."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TypeAlias
 from tael.errors import TaelError
 
 Line: TypeAlias = Sequence[tuple[float, float]]
-"""(x, tokens per second)"""
+"""Points (x, y)."""
 
 
 def plot(
@@ -19,6 +19,7 @@ def plot(
     *,
     title: str,
     x_label: str,
+    y_label: str = "tokens per second",
     log_x: bool = False,
 ) -> None:
     """Write an image in the format of its suffix. The limits are for all lines together, or one
@@ -38,7 +39,7 @@ def plot(
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel(x_label)
-    axes.set_ylabel("tokens per second")
+    axes.set_ylabel(y_label)
     axes.set_ylim(bottom=0)
     axes.set_title(title)
     axes.grid(alpha=0.3)

@@ -61,6 +61,21 @@ def test_the_answers_are_in_the_haystack_and_not_in_the_question(task: str) -> N
 
 
 @pytest.mark.parametrize("task", TASKS)
+def test_there_are_words_for_fifty_questions(task: str) -> None:
+    """The most that `tael bench context` takes."""
+    (sample,) = make_samples(
+        BYTES,  # type: ignore[arg-type]
+        task,
+        32768,
+        num_samples=1,
+        num_questions=50,
+        seed=0,
+    )
+    least = {"frequent_words": 1, "possessions": 15}.get(task, 20)
+    assert len({question.text for question in sample.questions}) >= least
+
+
+@pytest.mark.parametrize("task", TASKS)
 def test_haystacks_fill_their_length(task: str) -> None:
     for sample in samples(task):
         num_tokens = len(sample.haystack.encode())

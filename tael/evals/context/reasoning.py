@@ -16,8 +16,9 @@ def variables(num_hops: int) -> Callable[[random.Random, Room, int], Draft]:
     """A task: values that pass from one variable to the next ``num_hops`` times."""
 
     def task(rng: random.Random, room: Room, num_questions: int) -> Draft:
-        num_chains = max(1, num_questions // 2)
-        names = rng.sample(COLOURS + THINGS, num_chains * (num_hops + 1))
+        words = COLOURS + THINGS
+        num_chains = max(1, min(num_questions // 2, len(words) // (num_hops + 1)))
+        names = rng.sample(words, num_chains * (num_hops + 1))
         chains = [names[i::num_chains] for i in range(num_chains)]
         values = numbers(rng, num_chains)
         order = sorted(chain for chain in range(num_chains) for _ in range(num_hops + 1))
@@ -90,7 +91,7 @@ def whereabouts(rng: random.Random, room: Room, num_questions: int) -> Draft:
 
 def possessions(rng: random.Random, room: Room, num_questions: int) -> Draft:
     """Where things are that people took along (the second task of bAbI)."""
-    people = rng.sample(FIRST_NAMES, max(2, num_questions // 2))
+    people = rng.sample(FIRST_NAMES, max(2, min(num_questions // 2, len(OBJECTS))))
     things = dict(zip(people, rng.sample(OBJECTS, len(people)), strict=True))
     story = _Story(rng, people)
     for act in (story.go, lambda person: story.take(person, things[person]), story.go):

@@ -8,9 +8,10 @@ from __future__ import annotations
 import random
 
 COLOURS = (
-    "amber azure beige black blue bronze brown copper coral crimson cyan ebony emerald golden "
-    "gray green indigo ivory jade lemon lilac lime magenta maroon navy olive orange pearl pink "
-    "plum purple red rose ruby scarlet silver teal violet white yellow"
+    "amber aqua azure beige black blue bronze brown burgundy charcoal cherry chestnut copper coral "
+    "cream crimson cyan ebony emerald golden gray green indigo ivory jade khaki lavender lemon "
+    "lilac lime magenta maroon mint mustard navy ochre olive orange peach pearl pink plum purple "
+    "red rose ruby salmon scarlet silver tan teal turquoise violet white yellow"
 ).split()
 THINGS = (
     "anchor basket beacon bottle bridge bucket button cabin candle carpet castle chapel clock "
@@ -22,16 +23,20 @@ THINGS = (
 FIRST_NAMES = (
     "Alice Bella Carla Diana Edith Fiona Greta Helen Irene Julia Karen Laura Maria Nadia Olivia "
     "Paula Rosa Sofia Tanya Ursula Vera Wendy Arthur Bruno Carlos Daniel Edgar Felix George Henry "
-    "Ivan Jonas Karl Louis Martin Nathan Oscar Peter Robert Simon Thomas Victor Walter"
+    "Ivan Jonas Karl Louis Martin Nathan Oscar Peter Robert Simon Thomas Victor Walter Adrian "
+    "Beatrice Conrad Dorothy Emil Flora Gavin"
 ).split()
 LAST_NAMES = (
-    "Adams Baker Carter Dixon Ellis Fisher Garner Hughes Irving Jensen Keller Larson Mason Newton "
-    "Osborne Parker Quinn Reeves Sanders Turner Vaughn Walker Young Zimmerman"
+    "Adams Archer Baker Barnes Carter Conway Dixon Dalton Ellis Emerson Fisher Foster Garner "
+    "Gibson Hughes Hudson Irving Ingram Jensen Jarvis Keller Knight Larson Lambert Mason Morris "
+    "Newton Nolan Osborne Oakley Parker Porter Quinn Reeves Rhodes Sanders Sutton Turner Tucker "
+    "Underwood Vaughn Vernon Walker Watson Yates Young Zimmerman Chandler Bishop Marsh"
 ).split()
 CITIES = (
-    "Athens Berlin Boston Cairo Chicago Denver Dublin Geneva Hamburg Havana Houston Lima Lisbon "
-    "London Madrid Milan Moscow Mumbai Munich Nairobi Naples Oslo Paris Prague Quebec Rome Seoul "
-    "Sydney Tokyo Toronto Tunis Vienna Warsaw Zurich"
+    "Ankara Athens Bergen Berlin Bogota Boston Bremen Cairo Calgary Chicago Dallas Denver Dublin "
+    "Florence Geneva Glasgow Hamburg Hanoi Havana Helsinki Houston Jakarta Kyoto Lagos Leipzig "
+    "Lima Lisbon London Lyon Madrid Manila Milan Moscow Mumbai Munich Nairobi Naples Oslo Paris "
+    "Porto Prague Quebec Riga Rome Seoul Sydney Tokyo Toronto Tunis Vienna Warsaw Zurich"
 ).split()
 ROOMS = (
     "attic balcony basement bathroom bedroom cellar classroom corridor garage garden hallway "
