@@ -39,7 +39,6 @@ def needle_digits(rng: random.Random, room: Room, num_questions: int) -> Draft:
 
 def needle_hex(rng: random.Random, room: Room, num_questions: int) -> Draft:
     """32 hexadecimal digits, of which each must be right."""
-    num_questions = max(1, num_questions // 2)
     names = keys(rng, num_questions)
     prints = [f"{rng.getrandbits(128):032x}" for _ in names]
     facts = [f"The fingerprint of the {n} is {p}." for n, p in zip(names, prints, strict=True)]
