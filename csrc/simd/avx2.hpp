@@ -194,7 +194,7 @@ struct Avx2 {
     return fma(as_float(shl_int<16>(a)), as_float(shl_int<16>(pair)), fma(odd_bf16(a), odd_bf16(pair), acc));
   }
   static F odd_bf16(B a) { return as_float(and_int(a, int(0xffff0000))); }
-  static void store_bf16(uint16_t* p, F x) {
+  static __m256i round_to_bf16(F x) {
     const auto round = [](__m256 v) {
       const __m256i bits = _mm256_castps_si256(v);
       const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -202,8 +202,10 @@ struct Avx2 {
       const __m256 nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
       return _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0), _mm256_castps_si256(nan));
     };
-    _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(_mm256_packus_epi32(round(x.a), round(x.b)), 0xd8));
+    return _mm256_permute4x64_epi64(_mm256_packus_epi32(round(x.a), round(x.b)), 0xd8);
   }
+  static void store_bf16(uint16_t* p, F x) { _mm256_storeu_si256((__m256i*)p, round_to_bf16(x)); }
+  static B to_bf16(F x, F y) { return {round_to_bf16(x), round_to_bf16(y)}; }
 };
 
 }  // namespace tael

@@ -122,13 +122,17 @@ struct Avx512 {
   static F dot_bf16(F acc, B a, X b) {
     return fma(even_bf16(a), even_bf16(b), fma(odd_bf16(a), odd_bf16(b), acc));
   }
-  static void store_bf16(uint16_t* p, F a) {
+  static __m256i round_to_bf16(F a) {
     const __m512i bits = _mm512_castps_si512(a);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     const __m512i high = _mm512_srli_epi32(rounded, 16);
     const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
-    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(high, nan, splat_int(0x7fc0))));
+    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(high, nan, splat_int(0x7fc0)));
+  }
+  static void store_bf16(uint16_t* p, F a) { _mm256_storeu_si256((__m256i*)p, round_to_bf16(a)); }
+  static B to_bf16(F a, F b) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(round_to_bf16(a)), round_to_bf16(b), 1);
   }
 };
 

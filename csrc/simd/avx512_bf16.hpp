@@ -12,6 +12,7 @@ struct Avx512BF16 : Avx512 {
 
   static F dot_bf16(F acc, B a, X b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
   static void store_bf16(uint16_t* p, F a) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(a)); }
+  static B to_bf16(F a, F b) { return (__m512i)_mm512_cvtne2ps_pbh(b, a); }
 };
 
 }  // namespace tael

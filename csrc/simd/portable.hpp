@@ -157,6 +157,13 @@ struct Portable {
   static void store_bf16(uint16_t* p, F a) {
     for (int i = 0; i < 16; ++i) p[i] = float_to_bf16(a.v[i]);
   }
+  // The 16 values of a, then those of b.
+  static B to_bf16(F a, F b) {
+    uint16_t both[32];
+    store_bf16(both, a);
+    store_bf16(both + 16, b);
+    return load_bytes((const uint8_t*)both);
+  }
 };
 
 }  // namespace tael

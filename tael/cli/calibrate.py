@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from tael.cli.bench_context import sample_options, show_cell
 from tael.cli.common import TransferBar
+from tael.errors import TaelError
 
 
 @click.command("calibrate")
 @click.argument("model")
-@sample_options(lengths="2K,8K", tasks="those of retrieval", num_samples=4, num_questions=12)
+@sample_options(lengths="4K,8K", tasks="those of retrieval", num_samples=2, num_questions=50)
 def command(
     model: str,
     lengths: tuple[int, ...],
@@ -48,7 +50,14 @@ def command(
     with TransferBar() as progress:
         path = resolve(model, progress=progress)
         fetch_texts(progress)
-    result = run_suite(settings, show=show_cell)
+    # First what the model can do at all, so that no mode is asked for the rest.
+    first = replace(settings, modes=(), lengths=lengths[:1])
+    counted = run_suite(first, show=show_cell).counted
+    if not counted:
+        raise TaelError(
+            f"{Path(model).name} answers too few of these questions to show what a mode loses."
+        )
+    result = run_suite(replace(settings, tasks=counted), show=show_cell)
     found = calibration(result, load_prepared(path).weights.digest)
     click.echo(
         f"{Path(model).name}: {len(found.tasks)} tasks, {found.num_questions} questions a length, "

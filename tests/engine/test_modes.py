@@ -23,7 +23,7 @@ def test_calibrate(
     path = model_path("smollm2:135m")
     with pytest.raises(TaelError, match="has not been measured"):
         LLM(str(path), mode="frugal")
-    arguments = [str(path), "--lengths", "1K", "--tasks", "needle_digits"]
+    arguments = [str(path), "--lengths", "1K", "--tasks", "needle_digits,variables_4"]
     result = CliRunner().invoke(
         main, ["calibrate", *arguments, "--samples", "1", "--questions", "2"]
     )
@@ -37,6 +37,19 @@ def test_calibrate(
     with LLM(str(path), mode="frugal", max_model_len=512) as llm:
         assert llm.engine.config.kv_format == "bf16"
         assert llm.generate("The sea", PARAMS)[0].outputs[0].token_ids
+
+
+def test_a_model_that_can_do_no_task_is_not_calibrated(
+    model_path: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    arguments = [str(model_path("smollm2:135m")), "--lengths", "1K", "--tasks", "variables_4"]
+    result = CliRunner().invoke(
+        main, ["calibrate", *arguments, "--samples", "1", "--questions", "8"]
+    )
+    assert isinstance(result.exception, TaelError | SystemExit)
+    assert "answers too few" in result.output + str(result.exception)
+    assert not list(tmp_path.rglob("*.json"))
 
 
 def test_a_mode_sets_the_engine(

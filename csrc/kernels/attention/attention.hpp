@@ -4,7 +4,8 @@
 // rows share its task (as long as the KV is finite).
 //
 // Scores are in units of log 2, so that a weight is 2^(score - maximum); queries and weights are
-// rounded to bf16, as K and V are, and multiplied in pairs (vdpbf16ps where the CPU has it).
+// rounded to bf16, as K and V are, and multiplied in pairs (vdpbf16ps where the CPU has it). Compressed
+// blocks become bf16 in registers where one pass over them serves all rows, and else in the task's room.
 #pragma once
 
 #include "kernels/kv_block/unpack.hpp"
@@ -34,12 +35,13 @@ template <class S> struct AttentionKernel {
     const int64_t first = seen > begin ? seen : begin;
     const int64_t last = begin + kPartitionTokens < end_of_task ? begin + kPartitionTokens : end_of_task;
     if (first >= last) return;
+    // Beyond the last position comes the next partition, most likely of this thread too.
+    const int64_t last_block = (end_of_task - 1) / kBlockTokens;
     Chunk chunk;
     for (chunk.start = first / kChunkTokens * kChunkTokens; chunk.start < last; chunk.start += kChunkTokens) {
       chunk.first_block = first > chunk.start ? int(first - chunk.start) / kBlockTokens : 0;
       const int64_t rest = last - chunk.start;
       chunk.num_valid = rest < kChunkTokens ? int(rest) : kChunkTokens;
-      const int64_t last_block = (last - 1) / kBlockTokens;
       for (int b = chunk.first_block; b < chunk.num_blocks(); ++b) {
         const int64_t i = chunk.start / kBlockTokens + b;
         find_block(task, i, i + kChunkBlocks < last_block ? i + kChunkBlocks : last_block, b, chunk);
@@ -71,30 +73,40 @@ template <class S> struct AttentionKernel {
  private:
   // Up to 128 positions, of which blocks first_block to num_blocks() - 1 are looked at.
   struct Chunk {
+    struct Block {
+      KVFormat format;
+      const uint8_t* data;
+      const uint8_t* next;  // to be fetched meanwhile
+    };
     int64_t start;
     int first_block;
     int num_valid;  // positions that hold KV
-    const uint16_t* keys[kChunkBlocks];
-    const uint16_t* next_keys[kChunkBlocks];  // to be fetched meanwhile
+    Block blocks[kChunkBlocks];
     int num_blocks() const { return (num_valid + kBlockTokens - 1) / kBlockTokens; }
   };
 
   // Block i of the sequence becomes block b of the chunk; `next` will be needed in its place.
   static void find_block(const AttentionTask& task, int64_t i, int64_t next, int b, Chunk& chunk) {
     const int64_t open = task.first_position / kBlockTokens;
-    const auto complete = [&](int64_t block) { return task.complete->head(task.block_table[block], task.kv_head); };
-    if (task.format == KVFormat::BF16) {
-      chunk.keys[b] = i == open ? task.open : (const uint16_t*)complete(i);
-      chunk.next_keys[b] = next == open ? task.open : (const uint16_t*)complete(next);
-      return;
-    }
+    const auto data = [&](int64_t block) {
+      return block == open ? (const uint8_t*)task.open : task.complete->head(task.block_table[block], task.kv_head);
+    };
+    typename Chunk::Block& block = chunk.blocks[b];
+    block = {i == open ? KVFormat::BF16 : task.format, data(i), data(next)};
+    if (block.format == KVFormat::BF16 || task.num_rows() <= S::kAttentionRows) return;
     uint16_t* room = task.unpacked + b * 2 * int64_t(kBlockTokens) * task.head_dim;
-    if (i != open) {
-      unpack_head<S>(task.format, complete(i), task.head_dim, room);
-      if (next != open)
-        for (int64_t at = 0; at < task.complete->head_bytes; at += 64) __builtin_prefetch(complete(next) + at, 0, 2);
-    }
-    chunk.keys[b] = chunk.next_keys[b] = i == open ? task.open : room;
+    with_block(block, task.head_dim, [&](const auto& packed) { unpack_head<S>(packed, task.head_dim, room); });
+    block = {KVFormat::BF16, (const uint8_t*)room, (const uint8_t*)room};
+  }
+
+  // Calls fn with what reads the block.
+  template <class Fn> static void with_block(const typename Chunk::Block& block, int head_dim, Fn&& fn) {
+    if (block.format == KVFormat::BF16)
+      fn(PlainBlock<S>{(const uint16_t*)block.data, (const uint16_t*)block.next, head_dim});
+    else if (block.format == KVFormat::Q8)
+      fn(PackedBlock<S, KVFormat::Q8>{block.data, block.next, head_dim});
+    else
+      fn(PackedBlock<S, KVFormat::K8V4>{block.data, block.next, head_dim});
   }
 
   static float first_lane(F a) {
@@ -120,7 +132,9 @@ template <class S> struct AttentionKernel {
     float rescale[R];
     const int head_dim = task.head_dim;
     for (int b = chunk.first_block; b < chunk.num_blocks(); ++b)
-      add_keys<R>(head_dim, task.query(first_row), chunk.keys[b], chunk.next_keys[b], scores[0] + b * kBlockTokens);
+      with_block(chunk.blocks[b], head_dim, [&](const auto& block) {
+        add_keys<R>(head_dim, task.query(first_row), block, scores[0] + b * kBlockTokens);
+      });
     bool any = false;
     for (int r = 0; r < R; ++r)
       any |= softmax_row(task, first_row + r, chunk, scores[r], weights[r], states + r * stride, &rescale[r]);
@@ -131,16 +145,12 @@ template <class S> struct AttentionKernel {
   }
 
   // scores[r][position] = q[r] . keys[position], for one block.
-  template <int R>
-  static void add_keys(int head_dim, const uint16_t* q, const uint16_t* keys, const uint16_t* next, float* scores) {
+  template <int R, class Block>
+  static void add_keys(int head_dim, const uint16_t* q, const Block& block, float* scores) {
     F acc[R][2];
     for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = S::zero();
     for (int d = 0; d < head_dim; d += 2) {
-      const int64_t low = int64_t(d) * 16, high = low + int64_t(head_dim) * 16;
-      const typename S::B k0 = S::load_bytes((const uint8_t*)(keys + low));
-      const typename S::B k1 = S::load_bytes((const uint8_t*)(keys + high));
-      __builtin_prefetch(next + low, 0, 2);
-      __builtin_prefetch(next + high, 0, 2);
+      const typename S::B k0 = block.key_pairs(d, 0), k1 = block.key_pairs(d, 1);
       for (int r = 0; r < R; ++r) {
         const typename S::X pair = S::splat_four((const int8_t*)(q + r * head_dim + d));
         acc[r][0] = S::dot_bf16(acc[r][0], k0, pair);
@@ -194,22 +204,19 @@ template <class S> struct AttentionKernel {
       for (int v = 0; v < kVectors; ++v)
         acc[r][v] = S::mul(S::load(output(states + r * stride) + d + 16 * v), S::splat(rescale[r]));
     for (int b = chunk.first_block; b < chunk.num_blocks(); ++b) {
-      const uint16_t* values = chunk.keys[b] + int64_t(kBlockTokens) * head_dim + d * 2;
-      const uint16_t* next = chunk.next_keys[b] + int64_t(kBlockTokens) * head_dim + d * 2;
       const int rest = chunk.num_valid - b * kBlockTokens;
       const int num_valid = rest < kBlockTokens ? rest : kBlockTokens;
       const uint16_t* w = weights + b * kBlockTokens;
-      for (int t = 0; t < num_valid; t += 2, values += head_dim * 2, next += head_dim * 2, w += 2) {
-        typename S::B pairs[kVectors];
-        for (int v = 0; v < kVectors; ++v) {
-          pairs[v] = S::load_bytes((const uint8_t*)(values + 32 * v));
-          __builtin_prefetch(next + 32 * v, 0, 2);
+      with_block(chunk.blocks[b], head_dim, [&](const auto& block) {
+        for (int t = 0; t < num_valid; t += 2) {
+          typename S::B pairs[kVectors];
+          for (int v = 0; v < kVectors; ++v) pairs[v] = block.value_pairs(t, d + 16 * v);
+          for (int r = 0; r < R; ++r) {
+            const typename S::X pair = S::splat_four((const int8_t*)(w + r * kChunkTokens + t));
+            for (int v = 0; v < kVectors; ++v) acc[r][v] = S::dot_bf16(acc[r][v], pairs[v], pair);
+          }
         }
-        for (int r = 0; r < R; ++r) {
-          const typename S::X pair = S::splat_four((const int8_t*)(w + r * kChunkTokens));
-          for (int v = 0; v < kVectors; ++v) acc[r][v] = S::dot_bf16(acc[r][v], pairs[v], pair);
-        }
-      }
+      });
     }
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < kVectors; ++v) S::store(output(states + r * stride) + d + 16 * v, acc[r][v]);

@@ -1,53 +1,72 @@
-// A compressed block of one KV head back to bf16, in the same order (layouts: kernels/types.hpp).
+// The block of one KV head as 32 values of bf16 at a time, in the order of the bf16 layout (kernels/types.hpp):
+//
+//     key_pairs(d, half)  channels d and d + 1 of 16 tokens      [token][2]
+//     value_pairs(t, d)   tokens t and t + 1 of 16 channels      [channel][2]
+//
+// Each also fetches the same place of the block that will be needed next.
 #pragma once
 
 #include "kernels/types.hpp"
 
 namespace tael {
 
-// `columns` values of each of num_pairs rows, every other one with the scale of its own of a pair.
-template <class S>
-void unpack_int8(const uint8_t* values, const uint16_t* scales, int pair, int columns, uint16_t* out) {
-  const typename S::F scale = S::splat_bf16_pair(scales + 2 * pair);
-  for (int i = 0; i < columns; i += 16)
-    S::store_bf16(out + i, S::mul(S::from_int(S::load_s8(values + i)), scale));
-}
+template <class S> struct PlainBlock {
+  const uint16_t *block, *next;
+  int head_dim;
 
-template <class S> void unpack_keys_q8(const uint8_t* keys, int head_dim, uint16_t* out) {
-  const uint16_t* scales = (const uint16_t*)(keys + kBlockTokens * head_dim);
-  for (int half = 0; half < kBlockTokens / 16; ++half)
-    for (int pair = 0; pair < head_dim / 2; ++pair, keys += 32, out += 32)
-      unpack_int8<S>(keys, scales, pair, 32, out);
-}
+  typename S::B key_pairs(int d, int half) const { return load((half * int64_t(head_dim) + d) * 16); }
+  typename S::B value_pairs(int t, int d) const { return load((kBlockTokens + t) * int64_t(head_dim) + 2 * d); }
 
-template <class S> void unpack_values_q8(const uint8_t* values, int head_dim, uint16_t* out) {
-  const uint16_t* scales = (const uint16_t*)(values + kBlockTokens * head_dim);
-  for (int pair = 0; pair < kBlockTokens / 2; ++pair, values += 2 * head_dim, out += 2 * head_dim)
-    unpack_int8<S>(values, scales, pair, 2 * head_dim, out);
-}
+ private:
+  typename S::B load(int64_t at) const {
+    __builtin_prefetch(next + at, 0, 2);
+    return S::load_bytes((const uint8_t*)(block + at));
+  }
+};
 
-template <class S> void unpack_values_q4(const uint8_t* values, int head_dim, uint16_t* out) {
-  using F = typename S::F;
-  const uint16_t* scales = (const uint16_t*)(values + kBlockTokens * head_dim / 2);
-  for (int pair = 0; pair < kBlockTokens / 2; ++pair) {
-    const F scale = S::splat_bf16_pair(scales + 2 * pair);
-    const F minimum = S::splat_bf16_pair(scales + kBlockTokens + 2 * pair);
-    for (int i = 0; i < head_dim; i += 16, values += 16, out += 32) {
-      const typename S::I bytes = S::load_u8(values);
-      S::store_bf16(out, S::fma(scale, S::from_int(S::and_int(bytes, 15)), minimum));
-      S::store_bf16(out + 16, S::fma(scale, S::from_int(S::template shr_int<4>(bytes)), minimum));
+template <class S, KVFormat format> struct PackedBlock {
+  const uint8_t *block, *next;
+  int head_dim;
+
+  typename S::B key_pairs(int d, int half) const {
+    const int64_t at = (half * int64_t(head_dim) + d) * 16;
+    return eight_bits(at, scales(kBlockTokens * int64_t(head_dim), d));
+  }
+
+  typename S::B value_pairs(int t, int d) const {
+    const int64_t values = q8_key_bytes(head_dim), at = t * int64_t(head_dim) + 2 * d;
+    if constexpr (format == KVFormat::Q8) {
+      return eight_bits(values + at, scales(values + kBlockTokens * int64_t(head_dim), t));
+    } else {
+      const int64_t scales_at = values + kBlockTokens * int64_t(head_dim) / 2;
+      const typename S::F scale = scales(scales_at, t), minimum = scales(scales_at, kBlockTokens + t);
+      __builtin_prefetch(next + values + at / 2, 0, 2);
+      const typename S::I bytes = S::load_u8(block + values + at / 2);
+      return S::to_bf16(S::fma(scale, S::from_int(S::and_int(bytes, 15)), minimum),
+                        S::fma(scale, S::from_int(S::template shr_int<4>(bytes)), minimum));
     }
   }
-}
 
-// K, then V, of one head.
-template <class S> void unpack_head(KVFormat format, const uint8_t* head, int head_dim, uint16_t* out) {
-  unpack_keys_q8<S>(head, head_dim, out);
-  const uint8_t* values = head + q8_key_bytes(head_dim);
-  if (format == KVFormat::Q8)
-    unpack_values_q8<S>(values, head_dim, out + kBlockTokens * head_dim);
-  else
-    unpack_values_q4<S>(values, head_dim, out + kBlockTokens * head_dim);
+ private:
+  // Two that alternate.
+  typename S::F scales(int64_t at, int first) const {
+    __builtin_prefetch(next + at + 2 * first, 0, 2);
+    return S::splat_bf16_pair((const uint16_t*)(block + at) + first);
+  }
+
+  typename S::B eight_bits(int64_t at, typename S::F scale) const {
+    __builtin_prefetch(next + at, 0, 2);
+    return S::to_bf16(S::mul(S::from_int(S::load_s8(block + at)), scale),
+                      S::mul(S::from_int(S::load_s8(block + at + 16)), scale));
+  }
+};
+
+// K, then V, as PlainBlock reads them.
+template <class S, class Block> void unpack_head(const Block& packed, int head_dim, uint16_t* out) {
+  for (int half = 0; half < kBlockTokens / 16; ++half)
+    for (int d = 0; d < head_dim; d += 2, out += 32) S::store_bytes((uint8_t*)out, packed.key_pairs(d, half));
+  for (int t = 0; t < kBlockTokens; t += 2)
+    for (int d = 0; d < head_dim; d += 16, out += 32) S::store_bytes((uint8_t*)out, packed.value_pairs(t, d));
 }
 
 }  // namespace tael
