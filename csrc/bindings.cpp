@@ -179,11 +179,13 @@ struct ModelHandle {
     return {array.data(), int64_t(array.shape(0)), int64_t(array.shape(1))};
   }
 
-  void bind_kv(int group, Pool blocks, std::optional<Pool> open) {
-    model.bind_kv(group, hold(blocks), open ? hold(*open) : BlockPool{});
+  BlockPool hold(const std::optional<Pool>& array) { return array ? hold(*array) : BlockPool{}; }
+
+  void bind_kv(int group, Pool blocks, std::optional<Pool> open, std::optional<Pool> summaries) {
+    model.bind_kv(group, hold(blocks), hold(open), hold(summaries));
   }
 
-  void bind_tiered_kv(int group, nb::object tiered, Pool summaries, Pool open);
+  void bind_tiered_kv(int group, nb::object tiered, Pool open, std::optional<Pool> summaries);
 };
 
 // TieredPool plus the slots that it moves.
@@ -200,9 +202,9 @@ struct TieredPoolHandle {
   }
 };
 
-void ModelHandle::bind_tiered_kv(int group, nb::object tiered, Pool summaries, Pool open) {
+void ModelHandle::bind_tiered_kv(int group, nb::object tiered, Pool open, std::optional<Pool> summaries) {
   keep.push_back(tiered);
-  model.bind_kv(group, &nb::cast<TieredPoolHandle&>(tiered).pool, hold(summaries), hold(open));
+  model.bind_kv(group, &nb::cast<TieredPoolHandle&>(tiered).pool, hold(open), hold(summaries));
 }
 
 // A view of what belongs to the model: [rows, columns] or [rows].
@@ -351,9 +353,10 @@ NB_MODULE(_native, m) {
                           int64_t max_model_len, int64_t num_candidates) {
         self.model.allocate({max_tokens, max_seqs, max_logits, max_model_len, num_candidates});
       }, "max_tokens"_a, "max_seqs"_a, "max_logits"_a, "max_model_len"_a, "num_candidates"_a)
-      .def("bind_kv", &ModelHandle::bind_kv, "cache_group"_a, "blocks"_a.noconvert(), "open_blocks"_a.noconvert() = nb::none())
-      .def("bind_tiered_kv", &ModelHandle::bind_tiered_kv, "cache_group"_a, "tiered"_a, "summaries"_a.noconvert(),
-           "open_blocks"_a.noconvert())
+      .def("bind_kv", &ModelHandle::bind_kv, "cache_group"_a, "blocks"_a.noconvert(),
+           "open_blocks"_a.noconvert() = nb::none(), "summaries"_a.noconvert() = nb::none())
+      .def("bind_tiered_kv", &ModelHandle::bind_tiered_kv, "cache_group"_a, "tiered"_a, "open_blocks"_a.noconvert(),
+           "summaries"_a.noconvert() = nb::none())
       .def_prop_ro("workspace_bytes", [](const ModelHandle& self) { return self.model.workspace_bytes(); })
       .def_prop_ro("superblock_bytes", [](const ModelHandle& self) { return self.model.superblock_bytes(); })
       .def("forward", &forward, "token_ids"_a, "positions"_a, "query_start"_a, "block_tables"_a, "open_tables"_a,

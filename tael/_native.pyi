@@ -94,13 +94,14 @@ class Model:
         cache_group: int,
         blocks: NDArray[np.uint8],
         open_blocks: NDArray[np.uint8] | None = None,
+        summaries: NDArray[np.uint8] | None = None,
     ) -> None: ...
     def bind_tiered_kv(
         self,
         cache_group: int,
         tiered: TieredPool,
-        summaries: NDArray[np.uint8],
         open_blocks: NDArray[np.uint8],
+        summaries: NDArray[np.uint8] | None = None,
     ) -> None: ...
     @property
     def workspace_bytes(self) -> int: ...

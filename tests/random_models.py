@@ -21,6 +21,7 @@ from tael.loader.checkpoint import TensorInfo
 from tael.loader.tile_file import TileFile, TileTensor
 from tael.models.spec import (
     Attention,
+    CacheGroup,
     Dense,
     LayerSpec,
     ModelSpec,
@@ -126,7 +127,7 @@ class RoundingReference(ReferenceBackend):
     """With the roundings of the kernels: keys, values, queries and weights in bf16, the weights
     relative to the largest score so far, over chunks of 128 positions."""
 
-    def bind_kv(self, pools: Any, open_pools: Any = ()) -> None:
+    def bind_kv(self, pools: Any, open_pools: Any = (), summaries: Any = ()) -> None:
         self.kv_cache = _RoundingKVCache(self.spec, [len(pool) for pool in pools])
 
     @staticmethod
@@ -187,9 +188,14 @@ def compute(
     groups = cache_groups(spec, BLOCK_SIZE)
     num_blocks = sum(-(-len(tokens) // BLOCK_SIZE) for tokens in sequences)
     width = -(-MAX_MODEL_LEN // BLOCK_SIZE)
-    blocks = [Blocks(num_blocks, g.block_bytes, len(sequences), width) for g in groups]
+    blocks = [
+        Blocks(num_blocks, g.kv_block_bytes, len(sequences), width, summary_pool(g, num_blocks))
+        for g in groups
+    ]
     open_blocks = [Blocks(num_blocks, g.open_block_bytes, len(sequences), width) for g in groups]
-    backend.bind_kv([b.pool for b in blocks], [b.pool for b in open_blocks])
+    backend.bind_kv(
+        [b.pool for b in blocks], [b.pool for b in open_blocks], [b.summaries for b in blocks]
+    )
     done = [0] * len(sequences)
     outputs: list[list[NDArray[np.float32]]] = [[] for _ in sequences]
 
@@ -231,11 +237,25 @@ def compute(
     return [np.concatenate(output) for output in outputs]
 
 
+def summary_pool(group: CacheGroup, num_blocks: int) -> NDArray[np.uint8]:
+    """Full of NaN."""
+    shape = (group.num_heads, num_blocks, group.head_summary_bytes)
+    return np.full(shape, _NAN_BYTE, np.uint8)
+
+
 class Blocks:
     """A pool whose free blocks are full of NaN, and who has which."""
 
-    def __init__(self, num_blocks: int, block_bytes: int, num_seqs: int, width: int) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_bytes: int,
+        num_seqs: int,
+        width: int,
+        summaries: NDArray[np.uint8] | None = None,
+    ) -> None:
         self.pool = np.full((num_blocks if block_bytes else 0, block_bytes), _NAN_BYTE, np.uint8)
+        self.summaries = np.zeros((0, num_blocks, 0), np.uint8) if summaries is None else summaries
         self.tables = np.full((num_seqs, width), -1, np.int32)
         self._free: list[int] = np.random.default_rng(0).permutation(len(self.pool)).tolist()
 
@@ -247,6 +267,7 @@ class Blocks:
         """What ``seq`` has before ``end``."""
         for block in self.tables[seq, :end][self.tables[seq, :end] >= 0].tolist():
             self.pool[block] = _NAN_BYTE
+            self.summaries[:, block] = _NAN_BYTE
             self._free.insert(0, block)
         self.tables[seq, :end] = -1
 

@@ -186,7 +186,7 @@ int AttentionLayer::find_candidates(const Step& step, const AttentionTask& task,
                               selection.scores.data());
     selection.find_best(num_superblocks, most);
     for (int i = 0; i < most; ++i) {
-      const int block = selection.best.data()[i] * kSuperblockBlocks;
+      const int block = int(selection.best.data()[i]) * kSuperblockBlocks;
       add(block, block + kSuperblockBlocks);
     }
     add(num_superblocks * kSuperblockBlocks, last);

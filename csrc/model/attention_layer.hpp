@@ -17,7 +17,7 @@ struct AttentionConfig {
   int plan;              // index of the plan of this shape
   int cache_group;
   KVFormat kv_format;    // of complete blocks
-  bool key_summaries;    // complete blocks have them, behind the KV of all heads
+  bool key_summaries;    // complete blocks have them
   int64_t layer_offset;  // bytes, of this layer in a block of the group
   int64_t open_layer_offset;  // and in a block that is being filled, if those have a pool of their own
   int first_head;             // of this layer among the KV heads of a block of the group
@@ -69,7 +69,7 @@ class AttentionLayer {
   const AttentionConfig& config() const { return config_; }
   const AttentionWeights& weights() const { return weights_; }
   // `open` is the pool of blocks that are being filled; without one (data null), these are blocks
-  // of `complete` too. `summaries` are those of a block's heads, `superblocks` those of the group.
+  // of `complete` too. `summaries` are those of the layer's blocks, `superblocks` those of the group.
   void bind_kv(const KVPool& complete, const KVPool& open, const KVPool& summaries, const Superblocks* superblocks) {
     complete_ = complete;
     open_ = open;

@@ -19,7 +19,7 @@ constexpr int num_scored_superblocks(int budget) { return std::max(32, budget / 
 // Room of one thread for the blocks of one query.
 struct BlockSelection {
   Buffer<float> scores;        // of superblocks, then of candidates
-  Buffer<int32_t> best;        // indices of the highest of them
+  Buffer<uint64_t> best;       // indices of the highest of them
   Buffer<int32_t> candidates;  // entries of a block table
   Buffer<int32_t> chosen;      // likewise, of the blocks that are read
 

@@ -111,6 +111,15 @@ KVPool open_part(const BlockPool& open, const AttentionConfig& config) {
   return part(open, config.open_layer_offset, config.shape.num_kv_heads * head_bytes, head_bytes);
 }
 
+// One layer's key summaries: of a pool with a row for every head, which holds those of num_blocks.
+KVPool summaries_part(const BlockPool& heads, int64_t num_blocks, const AttentionConfig& config) {
+  if (!config.key_summaries || num_blocks == 0) return {};
+  const int64_t bytes = heads.block_bytes / num_blocks;
+  if (config.first_head + config.shape.num_kv_heads > heads.num_blocks || summary_bytes(config.shape.head_dim) > bytes)
+    throw std::invalid_argument("there is no room for the key summaries");
+  return {heads.data, bytes, config.first_head * heads.block_bytes, heads.block_bytes};
+}
+
 }  // namespace
 
 // For the layers of a group that have summaries.
@@ -130,37 +139,33 @@ const Superblocks* Model::make_superblocks(int cache_group, int64_t num_blocks) 
   return &superblocks_[cache_group];
 }
 
-void Model::bind_kv(int cache_group, const BlockPool& blocks, const BlockPool& open) {
+void Model::bind_kv(int cache_group, const BlockPool& blocks, const BlockPool& open, const BlockPool& summaries) {
   const Superblocks* superblocks = make_superblocks(cache_group, blocks.num_blocks);
   for (Layer& layer : layers_) {
     const AttentionConfig& config = layer.attention.config();
     if (config.cache_group != cache_group) continue;
     if (config.kv_format != KVFormat::BF16 && open.num_blocks == 0)
       throw std::invalid_argument("blocks that are being filled need a pool");
-    const int64_t num_heads = config.shape.num_kv_heads, head_bytes = layer.attention.head_bytes();
-    const int64_t summary = config.key_summaries ? summary_bytes(config.shape.head_dim) : 0;
+    const int64_t head_bytes = layer.attention.head_bytes();
     layer.attention.bind_kv(
-        part(blocks, config.layer_offset, num_heads * (head_bytes + summary), head_bytes), open_part(open, config),
-        part(blocks, config.layer_offset + num_heads * head_bytes, num_heads * summary, summary), superblocks);
+        part(blocks, config.layer_offset, config.shape.num_kv_heads * head_bytes, head_bytes), open_part(open, config),
+        summaries_part(summaries, blocks.num_blocks, config), superblocks);
   }
   pools_.at(cache_group) = blocks;
   open_pools_.at(cache_group) = open;
 }
 
-void Model::bind_kv(int cache_group, TieredPool* tiered, const BlockPool& summaries, const BlockPool& open) {
+void Model::bind_kv(int cache_group, TieredPool* tiered, const BlockPool& open, const BlockPool& summaries) {
   if (open.num_blocks == 0) throw std::invalid_argument("blocks that are being filled need a pool");
   const Superblocks* superblocks = make_superblocks(cache_group, tiered->num_blocks());
   for (Layer& layer : layers_) {
     const AttentionConfig& config = layer.attention.config();
     if (config.cache_group != cache_group) continue;
-    const int64_t num_heads = config.shape.num_kv_heads;
-    const int64_t summary = config.key_summaries ? summary_bytes(config.shape.head_dim) : 0;
-    const int64_t stride = summaries.block_bytes / tiered->heads_per_block();
-    if (layer.attention.head_bytes() > tiered->slot_bytes() || config.first_head + num_heads > tiered->heads_per_block() ||
-        summary > stride || (summary > 0 && summaries.num_blocks < tiered->num_blocks()))
+    if (layer.attention.head_bytes() > tiered->slot_bytes() ||
+        config.first_head + config.shape.num_kv_heads > tiered->heads_per_block())
       throw std::invalid_argument("the tiered pool is too small");
-    layer.attention.bind_kv(tiered, open_part(open, config),
-                            part(summaries, config.first_head * stride, num_heads * stride, stride), superblocks);
+    layer.attention.bind_kv(tiered, open_part(open, config), summaries_part(summaries, tiered->num_blocks(), config),
+                            superblocks);
   }
   pools_.at(cache_group) = {tiered->data(), tiered->num_blocks(), 0};
   open_pools_.at(cache_group) = open;

@@ -37,12 +37,12 @@ class Model {
   void set_ends(const Matrix& embedding, const Matrix& lm_head, Vector norm);
   void add_layer(AttentionConfig attention, AttentionWeights weights, DenseLayer ffn, LayerNorms norms);
   void allocate(const Limits& limits);
-  // `open` has no blocks (num_blocks 0) where those that are being filled lie in the first pool.
+  // `open` has no blocks (num_blocks 0) where those that are being filled lie in the first pool. `summaries` are
+  // the key summaries of all blocks for every layer and KV head in turn, if the layers have some.
   // Throws std::invalid_argument for blocks too small for the layers.
-  void bind_kv(int cache_group, const BlockPool& blocks, const BlockPool& open);
-  // Likewise for complete blocks in a tiered pool, which must stay where it is, with the key summaries of
-  // every layer and KV head in turn (no blocks, if the layers have none).
-  void bind_kv(int cache_group, TieredPool* tiered, const BlockPool& summaries, const BlockPool& open);
+  void bind_kv(int cache_group, const BlockPool& blocks, const BlockPool& open, const BlockPool& summaries);
+  // Likewise for complete blocks in a tiered pool, which must stay where it is.
+  void bind_kv(int cache_group, TieredPool* tiered, const BlockPool& open, const BlockPool& summaries);
 
   // What is known of the logits of batch.logits_indices, valid until the next call.
   // Throws std::out_of_range for a batch beyond the limits, the vocabulary or the block pools. Sequences

@@ -22,7 +22,7 @@ int32_t last_block(const int32_t* blocks, int superblock) { return blocks[(super
 }  // namespace
 
 Superblocks::Superblocks(int64_t num_blocks, const Limits& limits, int num_heads, int64_t head_bytes)
-    : num_heads_(num_heads), head_bytes_(head_bytes), max_rows_(limits.max_model_len / kSuperblockTokens) {
+    : head_bytes_(head_bytes), max_rows_(limits.max_model_len / kSuperblockTokens) {
   if (num_blocks == 0 || max_rows_ <= num_scored_superblocks(0)) return;
   const int64_t num_rows = num_blocks / kSuperblockBlocks + limits.max_seqs;
   summaries_ = Buffer<uint8_t>(num_rows * num_heads * head_bytes);

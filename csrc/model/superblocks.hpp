@@ -37,7 +37,8 @@ class Superblocks {
   const std::vector<Missing>& missing() const { return missing_; }
 
   KVPool pool(int first_head) const {
-    return {summaries_.data(), num_heads_ * head_bytes_, first_head * head_bytes_, head_bytes_};
+    const int64_t of_head = int64_t(rows_.size()) * head_bytes_;
+    return {summaries_.data(), head_bytes_, first_head * of_head, of_head};
   }
   int64_t bytes() const;
 
@@ -49,12 +50,11 @@ class Superblocks {
   void forget(int32_t block);
   int32_t take_row();
 
-  int num_heads_ = 0;
   int64_t head_bytes_ = 0;
   int64_t max_rows_ = 0;  // of a sequence
   int64_t step_ = 0;
   size_t hand_ = 0;
-  Buffer<uint8_t> summaries_;
+  Buffer<uint8_t> summaries_;  // [num_heads][rows][head_bytes]
   std::vector<Row> rows_;
   std::vector<int32_t> row_of_;   // by block; -1: none
   std::vector<int32_t> rows_of_;  // [max_seqs][max_rows]

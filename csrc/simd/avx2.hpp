@@ -72,6 +72,17 @@ struct Avx2 {
     const __m128 s2 = _mm_add_ps(s4, _mm_movehl_ps(s4, s4));
     return _mm_cvtss_f32(_mm_add_ss(s2, _mm_movehdup_ps(s2)));
   }
+  static float largest_sum(const F (&x)[4]) {
+    const auto sums = [](__m256 a, __m256 b, __m256 c, __m256 d) {
+      const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+      const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+      return _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+    };
+    const __m256 s8 = _mm256_add_ps(sums(x[0].a, x[1].a, x[2].a, x[3].a), sums(x[0].b, x[1].b, x[2].b, x[3].b));
+    const __m128 s4 = _mm_add_ps(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));
+    const __m128 m2 = _mm_max_ps(s4, _mm_movehl_ps(s4, s4));
+    return _mm_cvtss_f32(_mm_max_ss(m2, _mm_movehdup_ps(m2)));
+  }
   static float max_lane(F x) {
     const __m256 m8 = _mm256_max_ps(x.a, x.b);
     const __m128 m4 = _mm_max_ps(_mm256_castps256_ps128(m8), _mm256_extractf128_ps(m8, 1));
@@ -189,10 +200,10 @@ struct Avx2 {
     return {add(acc.a, w.a), add(acc.b, w.b)};
   }
 
-  static F dot_bf16(F acc, B a, X b) {
-    const I pair = {b, b};
-    return fma(as_float(shl_int<16>(a)), as_float(shl_int<16>(pair)), fma(odd_bf16(a), odd_bf16(pair), acc));
+  static F dot_bf16(F acc, B a, B b) {
+    return fma(as_float(shl_int<16>(a)), as_float(shl_int<16>(b)), fma(odd_bf16(a), odd_bf16(b), acc));
   }
+  static F dot_bf16(F acc, B a, X b) { return dot_bf16(acc, a, B{b, b}); }
   static F odd_bf16(B a) { return as_float(and_int(a, int(0xffff0000))); }
   static __m256i round_to_bf16(F x) {
     const auto round = [](__m256 v) {

@@ -72,6 +72,18 @@ struct Portable {
       for (int i = 0; i < n; ++i) a.v[i] = a.v[i] + a.v[i + n];
     return a.v[0];
   }
+  // Of the sums of four, which are added up side by side.
+  static float largest_sum(const F (&a)[4]) {
+    float sums[4];
+    for (int k = 0; k < 4; ++k) {
+      float parts[4];
+      for (int i = 0; i < 4; ++i)
+        parts[i] = (a[k].v[4 * i] + a[k].v[4 * i + 2]) + (a[k].v[4 * i + 1] + a[k].v[4 * i + 3]);
+      sums[k] = (parts[0] + parts[2]) + (parts[1] + parts[3]);
+    }
+    const float x = sums[0] > sums[2] ? sums[0] : sums[2], y = sums[1] > sums[3] ? sums[1] : sums[3];
+    return x > y ? x : y;
+  }
   static float max_lane(F a) {
     float m = a.v[0];
     for (int i = 1; i < 16; ++i) m = a.v[i] > m ? a.v[i] : m;
@@ -144,15 +156,21 @@ struct Portable {
     });
   }
 
-  // acc + a0 b0 + a1 b1 over pairs of bf16; b is one pair for all lanes.
-  static F dot_bf16(F acc, B a, X b) {
-    uint16_t pairs[32], pair[2];
-    memcpy(pairs, &a, sizeof a);
-    memcpy(pair, &b, sizeof b);
+  // acc + a0 b0 + a1 b1 over pairs of bf16.
+  static F dot_bf16(F acc, B a, B b) {
+    uint16_t x[32], y[32];
+    memcpy(x, &a, sizeof a);
+    memcpy(y, &b, sizeof b);
     return map([&](int i) {
-      const float odd = bf16_to_float(pairs[2 * i + 1]) * bf16_to_float(pair[1]) + acc.v[i];
-      return bf16_to_float(pairs[2 * i]) * bf16_to_float(pair[0]) + odd;
+      const float odd = bf16_to_float(x[2 * i + 1]) * bf16_to_float(y[2 * i + 1]) + acc.v[i];
+      return bf16_to_float(x[2 * i]) * bf16_to_float(y[2 * i]) + odd;
     });
+  }
+  // The same with one pair for all lanes.
+  static F dot_bf16(F acc, B a, X b) {
+    B pairs;
+    for (int i = 0; i < 16; ++i) memcpy(pairs.v + 4 * i, &b, sizeof b);
+    return dot_bf16(acc, a, pairs);
   }
   static void store_bf16(uint16_t* p, F a) {
     for (int i = 0; i < 16; ++i) p[i] = float_to_bf16(a.v[i]);

@@ -78,7 +78,7 @@ class TieredBlocks(Protocol):
     """The complete blocks of one cache group: all of them on disk, a part in memory."""
 
     @property
-    def payload_bytes(self) -> int:
+    def block_bytes(self) -> int:
         """Of what ``read_block`` copies."""
 
     @property
@@ -96,10 +96,10 @@ class TieredBlocks(Protocol):
         ``num_stores`` and ``num_errors``."""
 
     def read_block(self, block: int, out: NDArray[np.uint8]) -> None:
-        """Copy all that is kept of a complete block to ``out``, uint8 [payload_bytes]. Raises
+        """Copy the KV of a complete block to ``out``, uint8 [block_bytes]. Raises
         LostBlocksError."""
 
-    def write_block(self, block: int, payload: NDArray[np.uint8]) -> None:
+    def write_block(self, block: int, kv: NDArray[np.uint8]) -> None:
         """The inverse of ``read_block``, into any block."""
 
     def take_lost(self) -> tuple[set[int], str]:
@@ -132,10 +132,12 @@ class Backend(Protocol):
         self,
         pools: Sequence[NDArray[np.uint8] | TieredBlocks],
         open_pools: Sequence[NDArray[np.uint8]] = (),
+        summaries: Sequence[NDArray[np.uint8]] = (),
     ) -> None:
-        """Hand over the block pools, one per cache group: uint8 [num_blocks, block_bytes], zeroed,
-        or what ``tier`` made; and those of blocks that are being filled, [num_open_blocks,
-        open_block_bytes], if some group has one. The layout inside a block is the backend's own."""
+        """Hand over the block pools, one per cache group: uint8 [num_blocks, kv_block_bytes],
+        zeroed, or what ``tier`` made; those of blocks that are being filled, [num_open_blocks,
+        open_block_bytes], if some group has one; and the key summaries, [num_heads, num_blocks,
+        head_summary_bytes], likewise. The layout inside is the backend's own."""
 
     def forward(self, batch: ForwardBatch) -> HeadOutput:
         """Compute the batch and write its KV. Of sequences with blocks that ``take_lost`` names

@@ -128,7 +128,8 @@ class Engine:
         self.max_model_len = plan.max_model_len
         num_open_blocks = config.scheduler.max_num_open_blocks
         self.kv_store = KVStore(groups, plan.num_blocks, num_open_blocks, tiered)
-        backend.bind_kv(self.kv_store.pools, self.kv_store.open_pools)
+        store = self.kv_store
+        backend.bind_kv(store.pools, store.open_pools, store.summaries)
         fingerprint = kv_fingerprint(spec, backend, config)
         self.tier: DiskTier | None = None
         if config.cache_dir is not None:

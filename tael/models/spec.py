@@ -211,9 +211,10 @@ class CacheGroup:
     layers: tuple[int, ...]
     window: int | None
     block_bytes: int
+    """Of a complete block, its key summaries included."""
     open_block_bytes: int = 0
-    """Of a block that is being filled, which moves into one of ``block_bytes`` when it is complete.
-    0: blocks have their last form from the start."""
+    """Of a block that is being filled, which moves when it is complete. 0: blocks have their last
+    form from the start."""
     num_heads: int = 0
     """KV heads of all layers, and..."""
     head_bytes: int = 0
@@ -226,9 +227,17 @@ class CacheGroup:
     @property
     def payload_bytes(self) -> int:
         """Of all that is kept of a complete block, as it is copied."""
-        if self.is_tiered:
-            return self.num_heads * (self.slot_bytes + self.head_summary_bytes)
-        return self.block_bytes
+        return self.disk_block_bytes + self.summary_bytes if self.is_tiered else self.block_bytes
+
+    @property
+    def kv_block_bytes(self) -> int:
+        """Of the KV of a complete block, and..."""
+        return self.block_bytes - self.summary_bytes
+
+    @property
+    def summary_bytes(self) -> int:
+        """...of its key summaries, which lie elsewhere."""
+        return self.num_heads * self.head_summary_bytes
 
     @property
     def slot_bytes(self) -> int:
@@ -243,7 +252,7 @@ class CacheGroup:
     @property
     def memory_block_bytes(self) -> int:
         """...of every tiered block in memory, whether its KV is there or not."""
-        return TIERED_BLOCK_BYTES + self.num_heads * (self.head_summary_bytes + TIERED_HEAD_BYTES)
+        return TIERED_BLOCK_BYTES + self.summary_bytes + self.num_heads * TIERED_HEAD_BYTES
 
     def superblock_bytes(
         self, num_blocks: int, max_num_seqs: int, max_model_len: int, block_size: int
@@ -254,7 +263,7 @@ class CacheGroup:
         if self.head_summary_bytes == 0 or most <= MIN_SCORED_SUPERBLOCKS:
             return 0
         num_rows = num_blocks // SUPERBLOCK_BLOCKS + max_num_seqs
-        row_bytes = self.num_heads * self.head_summary_bytes + SUPERBLOCK_ROW_BYTES
+        row_bytes = self.summary_bytes + SUPERBLOCK_ROW_BYTES
         return num_rows * row_bytes + 4 * (num_blocks + max_num_seqs * most)
 
     def first_block(self, position: int, block_size: int) -> int:
@@ -304,14 +313,16 @@ def _cache_group(
     moves = compressed or (tiered and window is None)
     summary_bytes = [block_size * c.summary_bytes_per_token // c.num_kv_heads for c in caches]
     all_bytes = [block_size * c.bytes_per_token // c.num_kv_heads for c in caches]
+    num_heads = sum(cache.num_kv_heads for cache in caches)
+    kv_bytes = sum(cache.bytes_per_token - cache.summary_bytes_per_token for cache in caches)
     return CacheGroup(
         layers=layers,
         window=window,
-        block_bytes=block_size * sum(cache.bytes_per_token for cache in caches),
+        block_bytes=block_size * kv_bytes + num_heads * max(summary_bytes),
         open_block_bytes=block_size * sum(cache.open_bytes_per_token for cache in caches)
         if moves
         else 0,
-        num_heads=sum(cache.num_kv_heads for cache in caches),
+        num_heads=num_heads,
         head_bytes=max(a - b for a, b in zip(all_bytes, summary_bytes, strict=True)),
         head_summary_bytes=max(summary_bytes),
         is_tiered=tiered and window is None,

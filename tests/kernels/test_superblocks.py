@@ -10,6 +10,7 @@ from random_models import (
     RoundingReference,
     random_cpu_backend,
     random_spec,
+    summary_pool,
 )
 
 from tael.backends.base import NUM_CANDIDATES, Backend, ForwardBatch
@@ -43,11 +44,10 @@ class Sequences:
 
     def __init__(self, backend: Backend, spec: ModelSpec, num_blocks: int) -> None:
         self.backend = backend
-        self.pools = [
-            np.full((num_blocks, group.block_bytes), 0xFF, np.uint8)
-            for group in cache_groups(spec, BLOCK_SIZE)
-        ]
-        backend.bind_kv(self.pools)
+        (group,) = cache_groups(spec, BLOCK_SIZE)
+        self.pool = np.full((num_blocks, group.kv_block_bytes), 0xFF, np.uint8)
+        self.summaries = summary_pool(group, num_blocks)
+        backend.bind_kv([self.pool], summaries=[self.summaries])
         self.tables: dict[int, NDArray[np.int32]] = {}
         self.lengths: dict[int, int] = {}
 
@@ -212,9 +212,10 @@ def test_restored_blocks_are_others(alone: list[NDArray[np.float32]]) -> None:
     """Two texts change places in the pool behind the backend's back."""
     sequences = both()
     first = sequences.step({0: 40, 1: 40})
-    (pool,) = sequences.pools
+    pool, of_blocks = sequences.pool, sequences.summaries.swapaxes(0, 1)
     zero, one = sequences.tables[0], sequences.tables[1]
     pool[zero], pool[one] = pool[one], pool[zero]
+    of_blocks[zero], of_blocks[one] = of_blocks[one], of_blocks[zero]
     sequences.tables = {0: one, 1: zero}
     second = sequences.step({0: 40, 1: 40}, restored=tuple(range(len(pool))))
     for text in (0, 1):

@@ -22,7 +22,6 @@ GROUP = CacheGroup(
     open_block_bytes=1,
     num_heads=100,  # more than are moved at once
     head_bytes=700,
-    head_summary_bytes=64,
     is_tiered=True,
 )
 
@@ -34,11 +33,11 @@ def blocks(tmp_path: Path) -> CPUTieredBlocks:
 
 
 def payload(blocks: CPUTieredBlocks, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, blocks.payload_bytes, np.uint8)
+    return np.random.default_rng(seed).integers(0, 256, blocks.block_bytes, np.uint8)
 
 
 def read(blocks: CPUTieredBlocks, block: int) -> np.ndarray:
-    out = np.zeros(blocks.payload_bytes, np.uint8)
+    out = np.zeros(blocks.block_bytes, np.uint8)
     blocks.read_block(block, out)
     return out
 

@@ -60,7 +60,10 @@ class SimulatedBackend:
         return 0
 
     def bind_kv(
-        self, pools: Sequence[NDArray[np.uint8]], open_pools: Sequence[NDArray[np.uint8]]
+        self,
+        pools: Sequence[NDArray[np.uint8]],
+        open_pools: Sequence[NDArray[np.uint8]],
+        summaries: Sequence[NDArray[np.uint8]],
     ) -> None:
         self.blocks = [pool[:, : 4 * BLOCK_SIZE].view(np.int32) for pool in pools]
 

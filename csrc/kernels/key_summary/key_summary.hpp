@@ -25,36 +25,47 @@ void merge_summaries(const int32_t* blocks, int num_blocks, const uint8_t* summa
 // is of the first block of the pool, block_bytes between them.
 template <class S> void score_blocks(const AttentionTask& task, const uint8_t* summaries, int64_t block_bytes,
                                      int num_blocks, float* scores) {
-  using F = typename S::F;
-  constexpr int kRows = 4;  // that share what is loaded
+  constexpr int kRows = 4, kBlocks = 2;  // that share what is loaded
+  constexpr int kAhead = 8;              // blocks that are fetched before: they lie far apart
   const int head_dim = task.head_dim;
+  const auto summary = [&](int b) { return summaries + task.block_table[b] * block_bytes; };
+  const auto fetch = [&](int b) {
+    if (b < num_blocks)
+      for (int64_t at = 0; at < summary_bytes(head_dim); at += 64) __builtin_prefetch(summary(b) + at);
+  };
+  for (int b = 0; b < kAhead; ++b) fetch(b);
   for (int row = 0; row < task.num_rows(); row += kRows) {
-    const int rows = task.num_rows() - row < kRows ? task.num_rows() - row : kRows;
-    alignas(64) float above[kRows][kMaxHeadDim], below[kRows][kMaxHeadDim];  // positive and negative part
-    for (int r = 0; r < rows; ++r)
+    // Of each channel what is multiplied with the least and the largest key. The last row stands for those
+    // that a task has not.
+    alignas(64) uint16_t parts[kRows][2 * kMaxHeadDim];
+    for (int r = 0; r < kRows; ++r) {
+      const uint16_t* query = task.query(row + r < task.num_rows() ? row + r : task.num_rows() - 1);
       for (int d = 0; d < head_dim; ++d) {
-        const float x = bf16_to_float(task.query(row + r)[d]);
-        above[r][d] = x > 0.0f ? x : 0.0f;
-        below[r][d] = x < 0.0f ? x : 0.0f;
+        const bool negative = query[d] >> 15;
+        parts[r][2 * d] = negative ? query[d] : 0;
+        parts[r][2 * d + 1] = negative ? 0 : query[d];
       }
-    for (int b = 0; b < num_blocks; ++b) {
-      const uint16_t* summary = (const uint16_t*)(summaries + task.block_table[b] * block_bytes);
-      if (b + 1 < num_blocks)
-        for (int64_t at = 0; at < summary_bytes(head_dim); at += 64)
-          __builtin_prefetch(summaries + task.block_table[b + 1] * block_bytes + at);
-      F sums[kRows];
-      for (int r = 0; r < kRows; ++r) sums[r] = S::zero();
+    }
+    for (int b = 0; b < num_blocks; b += kBlocks) {
+      if (row == 0)
+        for (int i = 0; i < kBlocks; ++i) fetch(b + kAhead + i);
+      const int second = b + 1 < num_blocks ? b + 1 : b;
+      const uint8_t* const pair[kBlocks] = {summary(b), summary(second)};
+      typename S::F sums[kBlocks][kRows];
+      for (int i = 0; i < kBlocks; ++i)
+        for (int r = 0; r < kRows; ++r) sums[i][r] = S::zero();
       for (int d = 0; d < head_dim; d += 16) {
-        const F least = S::load_bf16_even(summary + 2 * d), largest = S::load_bf16_odd(summary + 2 * d);
-        for (int r = 0; r < rows; ++r)
-          sums[r] = S::fma(S::load(above[r] + d), largest, S::fma(S::load(below[r] + d), least, sums[r]));
+        const typename S::B first = S::load_bytes(pair[0] + 4 * d), next = S::load_bytes(pair[1] + 4 * d);
+        for (int r = 0; r < kRows; ++r) {
+          const typename S::B part = S::load_bytes((const uint8_t*)(parts[r] + 2 * d));
+          sums[0][r] = S::dot_bf16(sums[0][r], first, part);
+          sums[1][r] = S::dot_bf16(sums[1][r], next, part);
+        }
       }
-      float best = row == 0 ? -__builtin_inff() : scores[b];
-      for (int r = 0; r < rows; ++r) {
-        const float sum = S::sum(sums[r]);
-        best = sum <= best ? best : sum;  // a NaN wins
+      for (int i = 0; i < kBlocks && b + i < num_blocks; ++i) {
+        const float sum = S::largest_sum(sums[i]);
+        if (row == 0 || !(sum <= scores[b + i])) scores[b + i] = sum;  // a NaN wins
       }
-      scores[b] = best;
     }
   }
 }

@@ -64,7 +64,7 @@ class CPUBackend:
                     "first_head": first_head,
                 }
                 cache = spec.layers[i].mixer.cache_spec
-                offset += BLOCK_SIZE * cache.bytes_per_token
+                offset += BLOCK_SIZE * (cache.bytes_per_token - cache.summary_bytes_per_token)
                 open_offset += BLOCK_SIZE * cache.open_bytes_per_token
                 first_head += cache.num_kv_heads
         for i, layer in enumerate(spec.layers):
@@ -102,13 +102,18 @@ class CPUBackend:
         self,
         pools: Sequence[NDArray[np.uint8] | TieredBlocks],
         open_pools: Sequence[NDArray[np.uint8]] = (),
+        summaries: Sequence[NDArray[np.uint8]] = (),
     ) -> None:
         for group, pool in enumerate(pools):
+            rows = None
+            if summaries and summaries[group].size:
+                rows = summaries[group].reshape(len(summaries[group]), -1)
             if isinstance(pool, CPUTieredBlocks):
-                self._native.bind_tiered_kv(group, pool.native, pool.summaries, open_pools[group])
+                self._native.bind_tiered_kv(group, pool.native, open_pools[group], rows)
             else:
                 assert isinstance(pool, np.ndarray)
-                self._native.bind_kv(group, pool, open_pools[group] if open_pools else None)
+                open_pool = open_pools[group] if open_pools else None
+                self._native.bind_kv(group, pool, open_pool, rows)
 
     def forward(self, batch: ForwardBatch) -> HeadOutput:
         if os.getpid() != self._process:  # it would wait for them forever

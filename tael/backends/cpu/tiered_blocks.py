@@ -27,8 +27,7 @@ Bytes = NDArray[np.uint8]
 
 class CPUTieredBlocks:
     """``TieredBlocks``: a file without a name, which ends with the process, and what of it is in
-    memory: ``num_slots`` KV heads of single layers and blocks, and the summaries of all
-    (csrc/tiers/tiered_pool.hpp).
+    memory: ``num_slots`` KV heads of single layers and blocks (csrc/tiers/tiered_pool.hpp).
 
     Raises TaelError if ``folder`` has no room for ``num_blocks``, or the slots are too few for that
     many threads.
@@ -43,35 +42,30 @@ class CPUTieredBlocks:
                 f"the memory budget leaves room for {num_slots} pieces of KV blocks and "
                 f"{num_threads} threads need {least} of {group.slot_bytes} bytes; raise --memory."
             )
-        self.payload_bytes = group.payload_bytes
+        self.block_bytes = group.disk_block_bytes
         self.file_bytes = num_blocks * group.disk_block_bytes
         self._fd = _nameless_file(folder, self.file_bytes)
         # Also when what follows fails.
         weakref.finalize(self, os.close, self._fd)
         self._slots = zeroed_blocks(num_slots, group.slot_bytes)
-        self.summaries = zeroed_blocks(num_blocks, group.num_heads * group.head_summary_bytes)
         self.native = _native.TieredPool(self._fd, num_blocks, group.num_heads, self._slots)
 
     @property
     def num_bytes(self) -> int:
-        return self._slots.nbytes + self.summaries.nbytes + self.native.num_bytes
+        return self._slots.nbytes + self.native.num_bytes
 
     @property
     def counters(self) -> dict[str, int]:
         return self.native.counters
 
     def read_block(self, block: int, out: Bytes) -> None:
-        summary_bytes = self.summaries.shape[1]
         try:
-            self.native.read_block(block, out[: len(out) - summary_bytes])
+            self.native.read_block(block, out)
         except _native.LostBlocks as error:
             raise LostBlocksError(str(error)) from None
-        out[len(out) - summary_bytes :] = self.summaries[block]
 
-    def write_block(self, block: int, payload: Bytes) -> None:
-        summary_bytes = self.summaries.shape[1]
-        self.native.write_block(block, payload[: len(payload) - summary_bytes])
-        self.summaries[block] = payload[len(payload) - summary_bytes :]
+    def write_block(self, block: int, kv: Bytes) -> None:
+        self.native.write_block(block, kv)
 
     def take_lost(self) -> tuple[set[int], str]:
         blocks, reason = self.native.take_lost()

@@ -65,6 +65,7 @@ class ReferenceBackend:
         self,
         pools: Sequence[NDArray[np.uint8] | TieredBlocks],
         open_pools: Sequence[NDArray[np.uint8]] = (),
+        summaries: Sequence[NDArray[np.uint8]] = (),
     ) -> None:
         self.kv_cache = KVCache(self.spec, [len(p) for p in pools if isinstance(p, np.ndarray)])
 

@@ -73,8 +73,9 @@ class _Teacher:
         self,
         pools: Sequence[NDArray[np.uint8] | TieredBlocks],
         open_pools: Sequence[NDArray[np.uint8]] = (),
+        summaries: Sequence[NDArray[np.uint8]] = (),
     ) -> None:
-        self._backend.bind_kv(pools, open_pools)
+        self._backend.bind_kv(pools, open_pools, summaries)
 
     def forward(self, batch: ForwardBatch) -> HeadOutput:
         head = self._backend.forward(replace(batch, full_logits=np.ones_like(batch.full_logits)))
