@@ -17,13 +17,13 @@ template <class S> void set_attention(Kernels& k) {
   k.attention_partition = AttentionKernel<S>::partition;
   k.attention_merge = AttentionKernel<S>::merge;
   k.attention_finish = AttentionKernel<S>::finish;
+  k.score_blocks = score_blocks<S>;
   k.to_bf16 = to_bf16<S>;
 }
 
 template <class S> Kernels make_kernels() {
   Kernels k{};
   set_attention<S>(k);
-  k.score_blocks = score_blocks<S>;
   k.quantize = quantize<S>;
   k.rms_norm = rms_norm<S>;
   k.add = add<S>;
