@@ -23,6 +23,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,6 +31,7 @@ from tael import _native
 from tael.backends.base import ForwardBatch
 from tael.backends.cpu.backend import chosen_isa
 from tael.config import BLOCK_SIZE
+from tael.memory.kv_store import KVStore
 from tael.models.spec import cache_groups
 
 ROOT = Path(__file__).parents[1]
@@ -39,8 +41,32 @@ COLUMNS = 256
 ROWS = {1: 256, 4: 128, 16: 32}
 """By the number of tokens."""
 
-STEPS = ((32, 1), (256, 1), (32, 8))
-"""(position, tokens) of steps of a model."""
+
+class StepCell(NamedTuple):
+    """A step of a model."""
+
+    position: int
+    num_tokens: int
+    kv_format: str = "bf16"
+    budget_blocks: int = 0
+    """That each token reads; 0: all."""
+
+    @property
+    def name(self) -> str:
+        name = f"step of {self.num_tokens} tokens at {self.position}"
+        if self.kv_format != "bf16":
+            name += f", {self.kv_format}"
+        return name + (f", {self.budget_blocks} blocks read" if self.budget_blocks else "")
+
+
+STEPS = (
+    StepCell(32, 1),
+    StepCell(256, 1),
+    StepCell(32, 8),
+    StepCell(256, 1, "q8"),
+    StepCell(256, 1, "k8v4"),
+    StepCell(960, 1, budget_blocks=12),
+)
 
 Call = Callable[[], object]
 NOT_PERMITTED = 77
@@ -77,7 +103,7 @@ def names() -> Iterator[str]:
     """Of the cells."""
     for name in ("no rows", *TYPES):
         yield from (f"{name}, {num_tokens} tokens" for num_tokens in ROWS)
-    yield from (f"step of {num_tokens} tokens at {depth}" for depth, num_tokens in STEPS)
+    yield from (step.name for step in STEPS)
 
 
 def build(isa: str) -> str:
@@ -113,20 +139,24 @@ def model_steps() -> Iterator[Call]:
     """Steps of a small random model, for the logits of the last token."""
     from random_models import VOCAB_SIZE, RandomCheckpoint, random_cpu_backend, random_spec
 
-    spec = random_spec(heads_per_kv_head=2, num_kv_heads=1, head_dim=32, windows=[None])
-    backend = random_cpu_backend(spec, RandomCheckpoint(spec, "Q8_0"), num_threads=1)
-    (group,) = cache_groups(spec, BLOCK_SIZE)
-    num_blocks = 1 + max(depth for depth, _ in STEPS) // BLOCK_SIZE
-    backend.bind_kv([np.zeros((num_blocks, group.block_bytes), np.uint8)])
-    for depth, num_tokens in STEPS:
+    for step in STEPS:
+        spec = random_spec(2, 1, 32, [None], step.kv_format, key_summaries=step.budget_blocks > 0)
+        backend = random_cpu_backend(spec, RandomCheckpoint(spec, "Q8_0"), num_threads=1)
+        num_blocks = 1 + step.position // BLOCK_SIZE
+        store = KVStore(cache_groups(spec, BLOCK_SIZE), [num_blocks], num_open_blocks=1)
+        backend.bind_kv(store.pools, store.open_pools, store.summaries)
         batch = ForwardBatch(
-            token_ids=np.arange(num_tokens, dtype=np.int32) % VOCAB_SIZE,
-            positions=np.arange(depth, depth + num_tokens, dtype=np.int32),
-            query_start=np.array([0, num_tokens], np.int32),
+            token_ids=np.arange(step.num_tokens, dtype=np.int32) % VOCAB_SIZE,
+            positions=np.arange(step.position, step.position + step.num_tokens, dtype=np.int32),
+            query_start=np.array([0, step.num_tokens], np.int32),
             block_tables=(np.arange(num_blocks, dtype=np.int32)[None],),
-            logits_indices=np.array([num_tokens - 1], np.int32),
+            open_tables=(np.zeros((1, 1), np.int32),) if len(store.open_pools[0]) else (),
+            logits_indices=np.array([step.num_tokens - 1], np.int32),
             temperatures=np.ones(1, np.float32),
             full_logits=np.zeros(1, np.bool_),
+            kv_budgets=np.full(step.num_tokens, step.budget_blocks, np.int32)
+            if step.budget_blocks
+            else None,
         )
         yield partial(backend.forward, batch)
 
