@@ -14,16 +14,20 @@ import json
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 from benchmarks import machine
 from tael import LLM, SamplingParams
 from tael.cli.common import byte_size, token_count
 from tael.evals.context.texts import fetch_texts, prose
+from tael.loader.prepared import load_prepared
 from tael.loader.sources import resolve
 from tael.memory.process import peak_rss_bytes
 
@@ -58,9 +62,15 @@ class Engine:
         return answer
 
 
-def serve(model: str, num_tokens: int, num_turns: int, settings: dict[str, Any]) -> None:
-    """What a child does: the prompt, then a turn for every line of its input."""
+def write_prompt(model: Path, num_tokens: int, path: Path) -> None:
+    """Of a text, for the children, whose memory is measured: a server's engine gets ids too."""
     fetch_texts()
+    text = " ".join(islice(prose(random.Random(0)), num_tokens // 8))
+    np.save(path, np.array(load_prepared(model).tokenizer.encode(text)[:num_tokens], np.int32))
+
+
+def serve(model: str, prompt: str, num_tokens: int, num_turns: int, settings: Any) -> None:
+    """What a child does: the prompt, then a turn for every line of its input."""
     num_output_tokens = (num_turns + 1) * NUM_STEPS
     llm = LLM(
         model,
@@ -70,13 +80,11 @@ def serve(model: str, num_tokens: int, num_turns: int, settings: dict[str, Any])
         **settings,
     )
     engine = llm.engine
-    tokenizer = engine.tokenizer
-    text = " ".join(islice(prose(random.Random(0)), num_tokens // 8))
-    prompt = tokenizer.encode(text)[: num_tokens - num_output_tokens - 1]
+    prompt_ids = np.load(prompt)[: num_tokens - num_output_tokens - 1].tolist()
     params = SamplingParams(temperature=0, max_tokens=num_output_tokens, ignore_eos=True)
     token_ids: list[int] = []
     start = time.perf_counter()
-    engine.add_request("x", prompt, params)
+    engine.add_request("x", prompt_ids, params)
     while not token_ids:
         token_ids += [t for delta in engine.step() for t in delta.token_ids]
     tiered = engine.kv_store.tiered
@@ -87,7 +95,7 @@ def serve(model: str, num_tokens: int, num_turns: int, settings: dict[str, Any])
         print(json.dumps({**figures, "peak_rss_bytes": peak_rss_bytes(), **counters}), flush=True)
 
     report(
-        num_prompt_tokens=len(prompt),
+        num_prompt_tokens=len(prompt_ids),
         prefill_s=round(time.perf_counter() - start, 1),
         kv_bytes=engine.manager.kv_bytes(request),
         kv_memory_bytes=engine.kv_store.num_bytes,
@@ -108,8 +116,15 @@ def serve(model: str, num_tokens: int, num_turns: int, settings: dict[str, Any])
         )
 
 
-def measure(model: Path, num_tokens: int, memory_bytes: int, num_turns: int) -> dict[str, Any]:
-    shared = {"model": str(model), "num_tokens": num_tokens, "num_turns": num_turns}
+def measure(
+    model: Path, prompt: Path, num_tokens: int, memory_bytes: int, num_turns: int
+) -> dict[str, Any]:
+    shared = {
+        "model": str(model),
+        "prompt": str(prompt),
+        "num_tokens": num_tokens,
+        "num_turns": num_turns,
+    }
     settings = SETTINGS | ({"rope_scaling": "yarn"} if num_tokens > 32768 else {})
     disk = Engine(**shared, settings=settings | {"memory": memory_bytes, "kv_disk": "16GiB"})
     memory = Engine(**shared, settings=settings)
@@ -151,10 +166,14 @@ def main() -> None:
     if args.child:
         serve(**args.child)
         return
-    report = {
-        **machine.stamp(),
-        **measure(resolve(args.model), args.tokens, args.memory, args.turns),
-    }
+    model = resolve(args.model)
+    with tempfile.TemporaryDirectory() as folder:
+        prompt = Path(folder) / "prompt.npy"
+        write_prompt(model, args.tokens, prompt)
+        report = {
+            **machine.stamp(),
+            **measure(model, prompt, args.tokens, args.memory, args.turns),
+        }
     args.output.write_text(json.dumps(report, indent=2) + "\n")
     print({k: v for k, v in report.items() if k not in ("machine", "start", "turns")})
 
