@@ -53,6 +53,10 @@ class CacheSpec:
     summary_bytes_per_token: int
     """Of ``bytes_per_token``, what is not KV but says what is in it."""
 
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return self.bytes_per_token - self.summary_bytes_per_token
+
 
 @dataclass(frozen=True, slots=True)
 class Attention:
@@ -312,9 +316,8 @@ def _cache_group(
     compressed = any(spec.layers[i].mixer.kv_format != "bf16" for i in layers)
     moves = compressed or (tiered and window is None)
     summary_bytes = [block_size * c.summary_bytes_per_token // c.num_kv_heads for c in caches]
-    all_bytes = [block_size * c.bytes_per_token // c.num_kv_heads for c in caches]
     num_heads = sum(cache.num_kv_heads for cache in caches)
-    kv_bytes = sum(cache.bytes_per_token - cache.summary_bytes_per_token for cache in caches)
+    kv_bytes = sum(cache.kv_bytes_per_token for cache in caches)
     return CacheGroup(
         layers=layers,
         window=window,
@@ -323,7 +326,7 @@ def _cache_group(
         if moves
         else 0,
         num_heads=num_heads,
-        head_bytes=max(a - b for a, b in zip(all_bytes, summary_bytes, strict=True)),
+        head_bytes=max(block_size * c.kv_bytes_per_token // c.num_kv_heads for c in caches),
         head_summary_bytes=max(summary_bytes),
         is_tiered=tiered and window is None,
     )

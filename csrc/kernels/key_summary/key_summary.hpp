@@ -21,12 +21,12 @@ void summarize_keys(const uint16_t* keys, int head_dim, uint16_t* summary);
 void merge_summaries(const int32_t* blocks, int num_blocks, const uint8_t* summaries, int64_t block_bytes,
                      int head_dim, uint16_t* summary);
 
-// Scores of blocks for the queries of a task: of each block the largest bound over the rows. `summary`
+// Scores of blocks for the queries of a task: of each block the largest bound over the rows. `summaries`
 // is of the first block of the pool, block_bytes between them.
 template <class S> void score_blocks(const AttentionTask& task, const uint8_t* summaries, int64_t block_bytes,
                                      int num_blocks, float* scores) {
   constexpr int kRows = 4, kBlocks = 2;  // that share what is loaded
-  constexpr int kAhead = 8;              // blocks that are fetched before: they lie far apart
+  constexpr int kAhead = 8;              // blocks that are fetched before
   const int head_dim = task.head_dim;
   const auto summary = [&](int b) { return summaries + task.block_table[b] * block_bytes; };
   const auto fetch = [&](int b) {

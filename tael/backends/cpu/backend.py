@@ -64,7 +64,7 @@ class CPUBackend:
                     "first_head": first_head,
                 }
                 cache = spec.layers[i].mixer.cache_spec
-                offset += BLOCK_SIZE * (cache.bytes_per_token - cache.summary_bytes_per_token)
+                offset += BLOCK_SIZE * cache.kv_bytes_per_token
                 open_offset += BLOCK_SIZE * cache.open_bytes_per_token
                 first_head += cache.num_kv_heads
         for i, layer in enumerate(spec.layers):
