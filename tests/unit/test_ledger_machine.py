@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -136,7 +137,8 @@ class LedgerMachine(RuleBasedStateMachine):
                 if source.exists():
                     shutil.copyfile(source, copy.with_name(copy.name + suffix))
 
-        with before_statement(self.ledger, num_statements, photograph), held(self.path):
+        with held(self.ledger):
+            call_before_statement(self.ledger, num_statements, photograph)
             futures += [self._submit(operation) for operation in operations]
         for future in futures:
             future.result()
@@ -224,8 +226,7 @@ class LedgerMachine(RuleBasedStateMachine):
         assert total == sum(self.books.charged.values()), "the sum of the answers"
 
 
-@contextmanager
-def before_statement(ledger: Ledger, index: int, call: Callable[[], None]) -> Iterator[None]:
+def call_before_statement(ledger: Ledger, index: int, call: Callable[[], None]) -> None:
     num_left = index
 
     def trace(_: str) -> None:
@@ -235,16 +236,25 @@ def before_statement(ledger: Ledger, index: int, call: Callable[[], None]) -> It
         num_left -= 1
 
     ledger._journal.connection.set_trace_callback(trace)
-    yield
 
 
 @contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Let the writer wait, so that what is submitted meanwhile is committed together."""
-    with closing(sqlite3.connect(path, isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
+def held(ledger: Ledger) -> Iterator[None]:
+    """Let the writer wait, so that what is submitted meanwhile is committed together. It has to
+    wait inside a write: were it only kept from the file, it might have taken one of the
+    operations already, and a failure would depend on threads."""
+    waits, go_on = Event(), Event()
+
+    def wait() -> None:
+        waits.set()
+        go_on.wait()
+
+    ledger._submit(wait)
+    waits.wait()
+    try:
         yield
-        other.execute("ROLLBACK")
+    finally:
+        go_on.set()
 
 
 SETTINGS = settings(
@@ -262,14 +272,17 @@ class AnswersTooEarly(Ledger):
     """Says that it is done when it has only begun."""
 
     def _submit(self, write: Callable[[], Any], *, must_be_written: bool = False) -> Future[Any]:
-        future: Future[Any] = Future()
+        begun = Event()
 
-        def write_and_answer() -> Any:
+        def write_and_say() -> Any:
             result = write()
-            future.set_result(result)
+            begun.set()
             return result
 
-        super()._submit(write_and_answer, must_be_written=must_be_written)
+        future = super()._submit(write_and_say, must_be_written=must_be_written)
+        # Who waits for the result still waits for the commit: what the machine sees of this
+        # ledger depends on its operations only, and not on which thread was faster.
+        vars(future)["done"] = begun.is_set
         return future
 
 
