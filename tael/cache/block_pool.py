@@ -11,6 +11,10 @@ class BlockPool:
       can be found again until it is evicted, the least recently used first;
     - *free*: neither.
 
+    A block whose content was lost once is *doubtful* from then on, since its place may be bad: it
+    is taken when there is no other, and what is written to it is not found by others once its
+    last reference is gone.
+
     Every operation takes constant time.
     """
 
@@ -19,14 +23,15 @@ class BlockPool:
         # A stack: what was used last is taken first, so untouched memory stays untouched.
         self._free = list(reversed(range(num_blocks)))
         self._cached: dict[int, None] = {}  # insertion order is the order of last use
-        self._distrusted: set[int] = set()
+        self._doubtful: set[int] = set()
+        self._free_doubtful: list[int] = []
         self._ref_counts = [0] * num_blocks
         self._hashes: list[bytes | None] = [None] * num_blocks
         self._published: dict[bytes, int] = {}
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        return len(self._free) + len(self._free_doubtful)
 
     @property
     def num_cached(self) -> int:
@@ -41,6 +46,11 @@ class BlockPool:
         """Blocks that ``take`` can hand out."""
         return self.num_free + self.num_cached
 
+    @property
+    def num_trusted(self) -> int:
+        """Of these, the ones that are not doubtful, which are taken first."""
+        return len(self._free) + self.num_cached
+
     def ref_count(self, block: int) -> int:
         return self._ref_counts[block]
 
@@ -53,9 +63,11 @@ class BlockPool:
 
     def take(self) -> int:
         """A block for new KV with one reference: a free one, else the least recently used
-        cached one, whose content is forgotten. Ask ``num_available`` first."""
+        cached one, whose content is forgotten, else a doubtful one. Ask ``num_available`` first."""
         if self._free:
             block = self._free.pop()
+        elif not self._cached:
+            block = self._free_doubtful.pop()
         else:
             block = next(iter(self._cached))
             del self._cached[block]
@@ -76,9 +88,9 @@ class BlockPool:
         never published."""
         self._ref_counts[block] -= 1
         if self._ref_counts[block] == 0:
-            if block in self._distrusted:
+            if block in self._doubtful:
                 self._unpublish(block)
-                self._free.insert(0, block)
+                self._free_doubtful.append(block)
             elif self._hashes[block] is None:
                 self._free.append(block)
             else:
@@ -95,16 +107,18 @@ class BlockPool:
         return True
 
     def distrust(self, block: int) -> None:
-        """Let a block be found no more, whose content is lost, and take it from now on only when no
-        other is free: its place may be bad. Linear in the number of blocks."""
-        self._distrusted.add(block)
+        """Let a block be found no more, whose content is lost, and doubt it from now on. Linear in
+        the number of blocks."""
         self._unpublish(block)
+        if block in self._doubtful:
+            return
+        self._doubtful.add(block)
         if self._ref_counts[block] == 0:
             if block in self._cached:
                 del self._cached[block]
             else:
                 self._free.remove(block)
-            self._free.insert(0, block)
+            self._free_doubtful.append(block)
 
     def _unpublish(self, block: int) -> None:
         block_hash = self._hashes[block]
@@ -114,13 +128,15 @@ class BlockPool:
 
     def check(self) -> None:
         """Assert every invariant; linear in the number of blocks."""
-        free, cached = set(self._free), set(self._cached)
+        free, cached = {*self._free, *self._free_doubtful}, set(self._cached)
         referenced = {b for b, count in enumerate(self._ref_counts) if count > 0}
         assert min(self._ref_counts, default=0) >= 0, "negative ref_count"
-        assert len(free) == len(self._free), "a block is free twice"
+        assert len(free) == self.num_free, "a block is free twice"
+        assert set(self._free_doubtful) == self._doubtful & free, "a doubtful block is among others"
         assert free | cached | referenced == set(range(self.num_blocks)), "a block is lost"
         assert self.num_free + self.num_cached + len(referenced) == self.num_blocks
         hashed = {h: b for b, h in enumerate(self._hashes) if h is not None}
         assert hashed == self._published, "hashes and blocks disagree"
         assert cached <= set(hashed.values()), "a cached block has no hash"
+        assert not cached & self._doubtful, "a doubtful block is cached"
         assert not free & set(hashed.values()), "a free block has a hash"

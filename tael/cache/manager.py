@@ -170,7 +170,7 @@ class CacheManager:
 
     def forget(self, group: int, blocks: Iterable[int]) -> None:
         """Let nobody find blocks whose KV is lost, and take them for other KV only when there are
-        no others. Requests that hold them are the caller's."""
+        no others, cached ones included. Requests that hold them are the caller's."""
         for block in blocks:
             self.pools[group].distrust(block)
 

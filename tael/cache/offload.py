@@ -55,6 +55,8 @@ class Offload:
         """Blocks that were loaded since the last ``take_restored``."""
         self._copied: list[Transfer] = []
         """Stores that no longer need their block; see ``collect``."""
+        self._refused = ""
+        """The last request that did better without loading."""
 
     def restore(self, request: Request, chain: Sequence[bytes]) -> Readiness:
         """Have the tier load what it holds of a request's prefix beyond what the pools hold, if
@@ -82,6 +84,9 @@ class Offload:
         num_bytes = sum(self._groups[g].payload_bytes for _, g in misses)
         num_tokens = (num_blocks - num_hits) * self._block_size
         if not self._tier.load_pays(num_bytes, num_tokens):
+            if request.request_id != self._refused:  # once, however often it is asked for
+                self._refused = request.request_id
+                self._tier.forgive()
             return Readiness.READY
 
         for g, block in hits:
@@ -90,6 +95,9 @@ class Offload:
         if not self.reclaim(num_misses, loads=False):
             self._deref(hits)
             return Readiness.FULL
+        if any(n > pool.num_trusted for n, pool in zip(num_misses, self._pools, strict=True)):
+            self._deref(hits)  # nobody would find what is loaded into a doubtful block
+            return Readiness.READY
         load = Load(
             tuple(
                 self._transfer(request, chain, i, g, self._pools[g].take())
@@ -142,8 +150,10 @@ class Offload:
             return True
         self._release_copied()
         for g, (pool, count) in enumerate(zip(self._pools, num_blocks, strict=True)):
-            if (short := count - pool.num_available) > 0:
+            while (short := count - pool.num_available) > 0:  # a block may have other references
                 cancelled = self._tier.cancel_store(g, short)
+                if not cancelled:
+                    break
                 self._storing.difference_update(cancelled)
                 self._deref((t.group, t.block) for t in cancelled)
         while loads and self._loads and not self._is_available(num_blocks):

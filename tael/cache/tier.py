@@ -66,6 +66,10 @@ class Tier(Protocol):
     def load_pays(self, num_bytes: int, num_tokens: int) -> bool:
         """Whether loading is expected to be faster than computing the tokens again."""
 
+    def forgive(self) -> None:
+        """A request did without loading, which would not have paid: think a little better of
+        loading, so that it is tried, and measured, again once in a while."""
+
     def prepare_load(self, load: Load) -> None:
         """Begin to fill the blocks of ``load``, which are pinned."""
 

@@ -100,6 +100,18 @@ def test_what_is_lost_is_found_no_more_and_taken_last() -> None:
     assert counts(pool) == (4, 0, 1) and pool.lookup(b"again") is None, "it is not kept"
 
 
+def test_a_doubtful_block_is_taken_after_cached_ones() -> None:
+    pool = BlockPool(2)
+    [idle] = cached(pool, b"idle")
+    doubtful = pool.take()
+    pool.distrust(doubtful)
+    pool.deref(doubtful)
+    assert (pool.num_available, pool.num_trusted) == (2, 1)
+    assert pool.take() == idle
+    pool.check()
+    assert pool.take() == doubtful
+
+
 def test_check_notices_a_lost_block() -> None:
     pool = BlockPool(2)
     pool.take()

@@ -121,6 +121,8 @@ class RandomTier:
         assert num_bytes > 0 and num_tokens > 0
         return self.random.random() < 0.9
 
+    def forgive(self) -> None: ...
+
     def prepare_load(self, load: Load) -> None:
         assert all(self.lookup(t.key) is Lookup.HIT for t in load.transfers)
         self._loads.append(load)
@@ -277,6 +279,17 @@ class CacheMachine(RuleBasedStateMachine):
         if aborted is not None and data.draw(st.booleans()):
             self.scheduler.abort(aborted.request.request_id)
         self._update(schedule)
+
+    @rule(data=st.data())
+    def lose(self, data: st.DataObject) -> None:
+        """What a block holds is gone, which nobody holds."""
+        group = data.draw(st.integers(0, len(self.groups) - 1))
+        pool = self.manager.pools[group]
+        idle = [block for block in range(pool.num_blocks) if pool.ref_count(block) == 0]
+        if idle:
+            block = data.draw(st.sampled_from(idle))
+            self.store[group][block][:] = [None] * self.block_size
+            self.manager.forget(group, [block])
 
     @rule(num_steps=st.integers(1, 6))
     def steps(self, num_steps: int) -> None:

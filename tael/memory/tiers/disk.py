@@ -129,6 +129,10 @@ class DiskTier:
             queued = sum(len(load.transfers) - load.num_loaded for load in self._loads)
             return self.policy.pays(num_bytes + queued * len(self._buffer), num_tokens)
 
+    def forgive(self) -> None:
+        with self._changed:
+            self.policy.forgive()
+
     def prepare_load(self, load: Load) -> None:
         with self._changed:
             self._in_transit.update(transfer.key for transfer in load.transfers)

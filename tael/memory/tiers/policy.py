@@ -5,8 +5,7 @@ from __future__ import annotations
 NEWEST = 0.5
 """Weight of a measurement against all earlier ones."""
 FORGIVENESS = 1.1
-"""Each time that loading would lose, the disk is thought this much faster, so that it is tried, and
-measured, again once in a while."""
+"""For each request that does without loading, the disk is thought this much faster."""
 PATIENCE = 4.0
 """A load is given up after this many times the time of computing again, and not before..."""
 MIN_PATIENCE_S = 10.0
@@ -25,10 +24,10 @@ class LoadPolicy:
 
     def pays(self, num_bytes: int, num_tokens: int) -> bool:
         """Whether ``num_bytes`` are read sooner than ``num_tokens`` are computed."""
-        if num_bytes / self.bytes_per_s < num_tokens / self.tokens_per_s:
-            return True
+        return num_bytes / self.bytes_per_s < num_tokens / self.tokens_per_s
+
+    def forgive(self) -> None:
         self.bytes_per_s *= FORGIVENESS
-        return False
 
     def patience_s(self, num_tokens: int) -> float:
         """How long to wait for a load in place of ``num_tokens``."""
