@@ -35,8 +35,9 @@ def ls(folder: Path, as_json: bool) -> None:
         click.echo(json.dumps([asdict(section) for section in found], indent=2))
         return
     for section in found:
-        digest = section.fingerprint["weights"]
-        name = names.get(digest, f"{section.fingerprint['family']} {digest[:12]}")
+        # The header of a file may say anything.
+        digest, family = (str(section.fingerprint.get(key)) for key in ("weights", "family"))
+        name = names.get(digest, f"{family} {digest[:12]}")
         used = datetime.fromtimestamp(section.last_used_ns / 1e9)
         click.echo(
             f"{name}  {section.num_tokens:,} tokens  {section.num_blocks:,} blocks  "
@@ -53,10 +54,10 @@ def verify(folder: Path) -> None:
     from tael.memory.tiers import folder as blocks
 
     def report(path: Path, reason: str) -> None:
-        click.echo(f"{path.name}: {reason}; removed", err=True)
+        click.echo(f"{path.name}: {reason}", err=True)
 
     num_right, num_wrong = blocks.verify(folder, report)
-    click.echo(f"{num_right:,} blocks are right, {num_wrong:,} were removed")
+    click.echo(f"{num_right:,} blocks are right, {num_wrong:,} are not")
     if num_wrong:
         raise TaelError("there were damaged blocks; check the disk.")
 

@@ -197,11 +197,17 @@ class EngineLoop:
         manager, disk = self._engine.manager, self._engine.tier
         store = self._engine.kv_store
         used = (manager.pool_bytes, manager.referenced_bytes, manager.cached_bytes)
-        tiers = [TierUsage("memory" if store.tiered is None else "live disk", *used)]
-        if store.tiered is not None:  # what was read last of those on disk: always full, soon
-            tiers.insert(0, TierUsage("memory", store.num_bytes, store.num_bytes, 0))
+        if store.tiered is None:
+            tiers = [TierUsage("memory", *used)]
+        else:  # in memory is what was read last of the blocks on disk: always full, soon
+            tiers = [
+                TierUsage("memory", store.num_bytes, store.num_bytes, 0),
+                TierUsage("live disk", *used, store.tiered.counters["num_errors"]),
+            ]
         if disk is not None:
-            tiers.append(TierUsage("disk", disk.index.capacity_bytes, 0, disk.used_bytes))
+            capacity_bytes = 0 if disk.failure else disk.index.capacity_bytes
+            num_io_errors = disk.counters.num_io_errors
+            tiers.append(TierUsage("disk", capacity_bytes, 0, disk.used_bytes, num_io_errors))
         return tuple(tiers)
 
 

@@ -119,6 +119,8 @@ class TierUsage(msgspec.Struct, frozen=True):
     """Of blocks that requests hold."""
     cached_bytes: int
     """Of blocks that only the prefix cache keeps."""
+    num_io_errors: int = 0
+    """Of a disk. One that was given up has a capacity of 0."""
 
 
 class Status(Message, frozen=True):

@@ -99,6 +99,12 @@ class _Watcher(Collector):
             tiers.add_metric([tier.name, "cached"], tier.cached_bytes)
             tiers.add_metric([tier.name, "free"], free_bytes)
         yield tiers
+        errors = CounterMetricFamily(
+            "tael_kv_io_errors", "Reads and writes of KV that failed.", labels=["tier"]
+        )
+        for tier in status.tiers:
+            errors.add_metric([tier.name], tier.num_io_errors)
+        yield errors
         for name, text, value in (
             ("queries", "Tokens looked up in the prefix cache.", status.num_prefix_query_tokens),
             ("hits", "Tokens found there.", status.num_prefix_hit_tokens),

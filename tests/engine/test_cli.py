@@ -533,7 +533,7 @@ def test_cache_commands(tmp_path: Path) -> None:
     (tmp_path / ("0" * 66 + ".kv")).write_bytes(bytes(8192))
     assert invoke("cache", "ls", str(tmp_path)).stdout == ""
     result = invoke("cache", "verify", str(tmp_path))
-    assert result.exit_code == 2 and "0 blocks are right, 1 were removed" in result.stdout
+    assert result.exit_code == 2 and "0 blocks are right, 1 are not" in result.stdout
     assert invoke("cache", "clear", str(tmp_path)).stdout == "0 blocks, 0 B freed\n"
     missing = invoke("cache", "ls", str(tmp_path / "missing"))
     assert missing.exit_code == 2 and "cannot list" in missing.stderr

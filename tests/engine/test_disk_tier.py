@@ -329,6 +329,13 @@ def test_files_are_private_and_others_are_left_alone(model: PreparedModel, tmp_p
     assert folder.stat().st_mode & 0o777 == 0o700
     assert {f.stat().st_mode & 0o777 for f in folder.iterdir()} == {0o600}
     (folder / "notes.txt").write_text("mine")
+    (folder / "movie.part").write_text("mine, too")
+    killed = folder / f"{'0' * 66}.kv.part"
+    killed.write_text("of a process that was killed")
+    make_engine(model, folder)
+    assert not killed.exists() and (folder / "movie.part").exists()
+    killed.write_text("again")
+    (folder / f"{'f' * 66}.kv").touch()
     (section,) = sections(folder)
     assert section.fingerprint["weights"] == model.weights.digest
     assert section.num_bytes == sum(f.stat().st_size for f in folder.glob("*.kv"))
@@ -337,10 +344,37 @@ def test_files_are_private_and_others_are_left_alone(model: PreparedModel, tmp_p
     bad.write_bytes(bad.read_bytes()[:-1] + b"x")
     os.truncate(cut, 5000)
     reasons: dict[Path, str] = {}
-    assert verify(folder, reasons.__setitem__) == (section.num_blocks - 2, 2)
+    assert verify(folder, reasons.__setitem__) == (section.num_blocks - 2, 3)
     assert "checksum" in reasons[bad] and "cut off" in reasons[cut]
-    assert clear(folder)[0] == section.num_blocks - 2
-    assert sorted(f.name for f in folder.iterdir()) == ["lock", "notes.txt"]
+    assert clear(folder)[0] == section.num_blocks - 2 + 1
+    assert sorted(f.name for f in folder.iterdir()) == ["lock", "movie.part", "notes.txt"]
+
+
+def test_what_cannot_be_read_is_not_removed(
+    model: PreparedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(make_engine(model, tmp_path), PROMPTS)
+    num_blocks = len(list(tmp_path.glob("*.kv")))
+    monkeypatch.setattr("tael.memory.tiers.folder.Files", lambda: FaultyFiles("open", "EMFILE"))
+    reasons: dict[Path, str] = {}
+    assert verify(tmp_path, reasons.__setitem__) == (0, num_blocks)
+    assert all("cannot be read" in reason for reason in reasons.values())
+    assert len(list(tmp_path.glob("*.kv"))) == num_blocks > 0
+
+
+def test_others_cannot_plant_blocks_or_links(model: PreparedModel, tmp_path: Path) -> None:
+    folder, target = tmp_path / "kv", tmp_path / "mine"
+    target.write_text("mine")
+    run(make_engine(model, folder), PROMPTS)
+    names = [path.name for path in folder.glob("*.kv")]
+    clear(folder)
+    for name in names:
+        (folder / f"{name}.part").symlink_to(target)
+    run(make_engine(model, folder), PROMPTS)
+    assert target.read_text() == "mine"
+    folder.chmod(0o777)
+    with pytest.raises(TaelError, match="everybody can write"):
+        make_engine(model, folder)
 
 
 def test_without_direct_io(

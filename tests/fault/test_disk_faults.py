@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from byte_llama import save_byte_llama
@@ -16,6 +18,7 @@ from tael.loader.prepared import PreparedModel, load_prepared
 from tael.memory.tiers import block_file
 from tael.memory.tiers.disk import DiskTier
 from tael.memory.tiers.files import PAGE, Files, aligned_buffer
+from tael.server.engine_process import EngineLoop
 
 PROMPTS = prompts(4)
 
@@ -80,6 +83,21 @@ def test_a_write_that_fails(
     assert lives(model, tmp_path, cold).counters.num_loaded_blocks > 0, "what was whole is found"
 
 
+def test_operators_see_that_a_disk_was_given_up(
+    model: PreparedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, FaultyFiles("fsync", "EIO", first=2))
+    engine = make_engine(model, tmp_path)
+    tiers_of = partial(EngineLoop._tiers, SimpleNamespace(_engine=engine))  # type: ignore[arg-type]
+    memory, on_disk = tiers_of()
+    assert memory.capacity_bytes > 0 and on_disk.capacity_bytes > 0
+    run(engine, PROMPTS)
+    engine.close()
+    _, on_disk = tiers_of()
+    assert (on_disk.name, on_disk.capacity_bytes, on_disk.cached_bytes) == ("disk", 0, 0)
+    assert on_disk.num_io_errors > 0
+
+
 @pytest.mark.parametrize("count", [1, 10**9], ids=["once", "always"])
 @pytest.mark.parametrize("error", ERRORS)
 @pytest.mark.parametrize("site", READ_SITES)
@@ -112,7 +130,7 @@ def test_a_folder_that_cannot_be_kept(
 ) -> None:
     """Scanning fails, or evicting does: the tier is off, and the engine is not."""
     lives(model, tmp_path, cold)
-    (tmp_path / "x.kv.part").write_bytes(b"left by a crash")
+    (tmp_path / f"{66 * '0'}.kv.part").write_bytes(b"left by a crash")
     install(monkeypatch, FaultyFiles(site, error))
     tier = lives(model, tmp_path, cold)
     assert tier.failure is not None and tier.counters.num_io_errors == 1
@@ -169,7 +187,7 @@ def test_a_write_that_lies(
     assert bool(counters.num_corrupt_blocks) == (fault != "short")
 
 
-FIELDS = ["family", "spec", "block_size", "budgets", "layout", "weights", "isa", "kernels"]
+FIELDS = ["family", "spec", "block_size", "budgets", "layout", "weights", "isa", "kernels", "libc"]
 
 
 @pytest.mark.parametrize(

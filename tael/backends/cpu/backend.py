@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -81,6 +82,7 @@ class CPUBackend:
             "weights": self._weights.digest,
             "isa": self._isa,
             "kernels": hashlib.sha256(kernels).hexdigest(),
+            "libc": " ".join(platform.libc_ver()),  # its cosf rotates the keys
         }
 
     def reserve(self, scheduler: SchedulerConfig, max_model_len: int) -> int:

@@ -87,10 +87,13 @@ def _nameless_file(folder: Path, num_bytes: int) -> int:
             os.ftruncate(fd, num_bytes)
     except OSError as error:
         os.close(fd)
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise TaelError(
+                f"{folder} has no room for {num_bytes} bytes of KV; give a smaller --kv-disk."
+            ) from error
         raise TaelError(
-            f"{folder} has no room for {num_bytes} bytes of KV; give a smaller --kv-disk."
+            f"{num_bytes} bytes cannot be reserved in {folder}: {error.strerror}; KV needs a "
+            "folder on another file system."
         ) from error
     _open_directly(fd)
     return fd

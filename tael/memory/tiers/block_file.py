@@ -22,7 +22,7 @@ from blake3 import blake3
 
 from tael.cache.block_hash import block_hash
 from tael.cache.tier import Transfer, block_key
-from tael.memory.tiers.files import PAGE, Bytes, round_up
+from tael.memory.tiers.files import PAGE, PART_SUFFIX, Bytes, round_up
 
 FORMAT_VERSION = 1
 MAGIC = b"TAELKV" + FORMAT_VERSION.to_bytes(2, "little")
@@ -65,6 +65,12 @@ def parse_file_name(name: str) -> bytes | None:
     if stem == name or len(stem) != 66 or not set(stem) <= set("0123456789abcdef"):
         return None
     return bytes.fromhex(stem)
+
+
+def is_part(name: str) -> bool:
+    """Of the file of a block that is not whole yet."""
+    stem = name.removesuffix(PART_SUFFIX)
+    return stem != name and parse_file_name(stem) is not None
 
 
 def file_bytes(payload_bytes: int) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import stat
 import threading
 import time
 from collections import deque
@@ -26,7 +27,7 @@ from tael.errors import LostBlocksError, TaelError
 from tael.memory.kv_store import KVStore
 from tael.memory.tiers import block_file
 from tael.memory.tiers.block_file import BadBlockError, CorruptError, file_bytes, file_name
-from tael.memory.tiers.files import PART_SUFFIX, Files, aligned_buffer
+from tael.memory.tiers.files import Files, aligned_buffer
 from tael.memory.tiers.index import ENTRY_BYTES, Index
 from tael.memory.tiers.policy import LoadPolicy
 from tael.models.spec import CacheGroup
@@ -210,7 +211,7 @@ class DiskTier:
     def _scan(self) -> None:
         """Learn what earlier processes left here, and remove what they did not finish."""
         for name, num_bytes, _ in sorted(self._files.list(self.folder), key=lambda file: file[2]):
-            if name.endswith(PART_SUFFIX):
+            if block_file.is_part(name):
                 self._files.unlink(self.folder / name)
             elif key := block_file.parse_file_name(name):
                 self.index.add(key, num_bytes)
@@ -418,6 +419,11 @@ def _lock(folder: Path) -> int:
     """Keep other processes out, until this one closes the descriptor or dies."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.stat().st_mode & stat.S_IWOTH:
+            raise TaelError(
+                f"everybody can write into {folder}, and so plant KV; choose another folder, or "
+                f"run: chmod o-w {folder}"
+            )
         fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode=0o600)
     except OSError as error:
         raise TaelError(

@@ -78,7 +78,8 @@ class Files:
         path.unlink(missing_ok=True)
 
     def open(self, path: Path, flags: int) -> int:
-        return os.open(path, flags | os.O_CLOEXEC, mode=0o600)
+        # A link that somebody planted is not followed.
+        return os.open(path, flags | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0), mode=0o600)
 
     def pread(self, fd: int, buffer: memoryview, offset: int) -> int:
         return os.preadv(fd, [buffer], offset)

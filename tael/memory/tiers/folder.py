@@ -32,7 +32,8 @@ def sections(folder: Path) -> list[Section]:
     found: dict[str, Section] = {}
     for path, _, num_bytes, time_ns in _blocks(files, folder):
         try:
-            files.read(path, page)
+            if files.read(path, page) < PAGE:
+                continue
             header = block_file.read_header(page)
         except (OSError, BadBlockError):
             continue
@@ -46,7 +47,7 @@ def sections(folder: Path) -> list[Section]:
 
 def verify(folder: Path, report: Callable[[Path, str], None]) -> tuple[int, int]:
     """Read all files and remove those that are not the block of their name, after ``report``ing
-    why. Returns how many were right and how many wrong."""
+    why; one that cannot be read is reported only. Returns how many were right and how many not."""
     files = Files()
     num_right = num_wrong = 0
     for path, key, num_bytes, _ in _blocks(files, folder):
@@ -58,28 +59,37 @@ def verify(folder: Path, report: Callable[[Path, str], None]) -> tuple[int, int]
             num_right += 1
         except FileNotFoundError:
             continue  # evicted meanwhile
-        except (OSError, BadBlockError) as error:
-            report(path, str(error))
+        except OSError as error:
+            report(path, f"cannot be read: {error.strerror}; left alone")
+            num_wrong += 1
+        except BadBlockError as error:
+            report(path, f"{error}; removed")
             files.unlink(path)
             num_wrong += 1
     return num_right, num_wrong
 
 
 def clear(folder: Path) -> tuple[int, int]:
-    """Remove all blocks. Returns how many there were, and their bytes."""
+    """Remove all blocks, and what a killed process has written of others. Returns how many there
+    were, and their bytes."""
     files = Files()
-    blocks = list(_blocks(files, folder))
-    for path, _, _, _ in blocks:
-        files.unlink(path)
-    return len(blocks), sum(num_bytes for _, _, num_bytes, _ in blocks)
+    num_blocks = num_bytes = 0
+    for name, size, _ in _list(files, folder):
+        if block_file.parse_file_name(name) or block_file.is_part(name):
+            files.unlink(folder / name)
+            num_blocks, num_bytes = num_blocks + 1, num_bytes + size
+    return num_blocks, num_bytes
 
 
 def _blocks(files: Files, folder: Path) -> Iterator[tuple[Path, bytes, int, int]]:
     """(path, key, bytes, time of last use in ns)"""
-    try:
-        listed = files.list(folder)
-    except OSError as error:
-        raise TaelError(f"cannot list {folder}: {error.strerror}; check the path.") from error
-    for name, num_bytes, time_ns in listed:
+    for name, num_bytes, time_ns in _list(files, folder):
         if key := block_file.parse_file_name(name):
             yield folder / name, key, num_bytes, time_ns
+
+
+def _list(files: Files, folder: Path) -> list[tuple[str, int, int]]:
+    try:
+        return files.list(folder)
+    except OSError as error:
+        raise TaelError(f"cannot list {folder}: {error.strerror}; check the path.") from error
