@@ -141,9 +141,8 @@ struct AttentionTask {
   int position(int row) const { return first_position + row / num_heads; }
 };
 
-// Attention is accumulated over partitions of this many positions, each block by block; the
-// partitions are then merged in ascending order. So it rounds alike whether one thread walks all
-// of them or several share them.
+// Attention is accumulated over partitions of this many positions, which are then merged in ascending
+// order. So it rounds alike whether one thread walks all of them or several share them.
 constexpr int kPartitionTokens = 512;
 
 // And within a partition over chunks of four blocks.

@@ -47,6 +47,8 @@ void AttentionLayer::attend(const Step& step, const LinearInput& x, const RopeTa
          {{&weights_.q, ws.q.row(0), ws.q.columns()},
           {&weights_.k, ws.k.row(0), ws.k.columns()},
           {&weights_.v, ws.v.row(0), ws.v.columns()}});
+  const std::vector<Superblocks::Missing>& missing = superblocks_->missing();
+  if (!missing.empty()) next = nullptr;  // the next layer's rows of these would be read before they are filled
   if (next)
     linear(step.pool, step.thread, step.kernels, next->x,
            {{&next->layer->weights_.q, ws.next_q.row(0), ws.next_q.columns()}});
@@ -59,7 +61,6 @@ void AttentionLayer::attend(const Step& step, const LinearInput& x, const RopeTa
         append(step, rope, ws, token, int(item % num_kv_heads));
     });
   }
-  const std::vector<Superblocks::Missing>& missing = superblocks_->missing();
   if (config_.key_summaries && !missing.empty()) {
     const int num_kv_heads = config_.shape.num_kv_heads;
     const KVPool rows = superblocks_->pool(config_.first_head);

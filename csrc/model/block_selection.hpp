@@ -12,8 +12,8 @@ namespace tael {
 constexpr int kSinkBlocks = 4, kRecentBlocks = 4;
 constexpr int kMinBudgetBlocks = kSinkBlocks + kRecentBlocks + 1;  // with the one that the query is in
 
-// Superblocks whose blocks are scored, where a sequence has more than that. They hold at least four times the
-// budget, and up to 32,768 tokens every block is scored.
+// Superblocks whose blocks are scored, where a sequence has more than that. They hold four times the budget
+// (in whole superblocks), and at least 32,768 tokens.
 constexpr int num_scored_superblocks(int budget) { return std::max(32, budget / 8); }
 
 // Room of one thread for the blocks of one query.

@@ -32,6 +32,8 @@ class AsyncFile {
   AsyncFile(const AsyncFile&) = delete;
   AsyncFile& operator=(const AsyncFile&) = delete;
 
+  // Whether the caller of submit() goes on meanwhile.
+  bool is_asynchronous() const { return context_ != 0; }
   void submit(const FileOp* ops, int count);
   // Waits until an operation has ended, and returns how many of those that have were written to `out`, which
   // has room for `most`. Something must be under way or be submitted soon; one thread at a time may wait.

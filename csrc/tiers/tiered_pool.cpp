@@ -119,6 +119,7 @@ void TieredPool::pin(const int64_t* keys, int n, int32_t* slots) {
 }
 
 void TieredPool::prefetch(int head, const int32_t* blocks, int n) {
+  if (!file_.is_asynchronous()) return;
   FileOp loads[kMaxPinned];
   int num_loads = 0;
   {

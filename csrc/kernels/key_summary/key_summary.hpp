@@ -13,7 +13,7 @@ namespace tael {
 constexpr int64_t summary_bytes(int head_dim) { return 4 * int64_t(head_dim); }
 
 // Of the keys of one head in bf16. A NaN makes both NaN, and with them the score, which is then the
-// highest (select_blocks): what is broken is not passed over. Plain C++, as pack_head.
+// highest (find_best): what is broken is not passed over. Plain C++, as pack_head.
 void summarize_keys(const uint16_t* keys, int head_dim, uint16_t* summary);
 
 // Of all keys of several blocks, from their summaries. `summaries` is of the first block of the pool,
