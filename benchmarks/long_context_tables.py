@@ -99,13 +99,12 @@ def length_table(report: dict[str, Any]) -> str:
 
 
 def length_lines(report: dict[str, Any]) -> dict[str, Line]:
-    """The same as ratios to the shortest context."""
-    rows = {int(depth): row for depth, row in report["depths"].items()}
-    names = {"decode_ms": "time a token", "peak_rss_bytes": "peak memory", "kv_bytes": "KV"}
-    shortest = rows[min(rows)]
+    """Of these, what must not grow."""
+    rows = [(int(depth), row) for depth, row in report["depths"].items()]
+    budget = report["memory_bytes"]
     return {
-        label: [(depth, row[name] / shortest[name]) for depth, row in rows.items()]
-        for name, label in names.items()
+        "time a token, at the shortest = 1": [(n, row["ratio_to_shortest"]) for n, row in rows],
+        "peak memory, budget = 1": [(n, row["peak_rss_bytes"] / budget) for n, row in rows],
     }
 
 

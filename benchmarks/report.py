@@ -296,7 +296,7 @@ def main() -> None:
             {},
             title="up to a million tokens in one memory budget",
             x_label="tokens of context",
-            y_label="times what 32,768 tokens take",
+            y_label="ratio",
             log_x=True,
         )
 

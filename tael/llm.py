@@ -296,7 +296,10 @@ def _load(
     if config.backend == "cpu":
         model = load_prepared(path, _repacking(path, progress) if progress else None)
         if config.mode != "exact":
-            chosen = mode_settings(config.mode, model.weights.digest)
+            if config.rope_scaling is not None:
+                raise TaelError("modes are measured without --rope-scaling; leave out either.")
+            context = config.max_model_len or model.spec.max_position_embeddings
+            chosen = mode_settings(config.mode, model.weights.digest, context)
             config = replace(config, mode="exact", **chosen)  # type: ignore[arg-type]
         spec = _configured(model.spec, config)
         release_freed_memory()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Callable
+from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +16,8 @@ import click
 from tael.cli.common import F, TransferBar, byte_size
 
 if TYPE_CHECKING:
-    from tael.evals.context.suite import Cell
+    from tael.evals.context.report import Slo
+    from tael.evals.context.suite import Cell, Result
 
 
 def _lengths(text: str) -> tuple[int, ...]:
@@ -70,6 +74,39 @@ def sample_options(
     return decorate
 
 
+def report_options(command: F) -> F:
+    """Files for what was found."""
+    file = click.Path(dir_okay=False, path_type=Path)
+    for option in (
+        click.option(
+            "--plot",
+            type=file,
+            callback=_writable,
+            metavar="FILE.png",
+            help="Draw quality against KV bytes and against time per token.",
+        ),
+        click.option(
+            "--json",
+            "json_path",
+            type=file,
+            callback=_writable,
+            metavar="FILE",
+            help="Write everything, down to the answers.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _writable(_: click.Context, option: click.Parameter, path: Path | None) -> Path | None:
+    """Noticed before a long run and not after it."""
+    if path is not None and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+        raise click.BadParameter(f"cannot write into {path.parent}")
+    if path is not None and option.name == "plot" and find_spec("matplotlib") is None:
+        raise click.BadParameter("a plot needs matplotlib; run: pip install 'tael[plot]'")
+    return path
+
+
 @click.command("context")
 @click.argument("model")
 @click.option(
@@ -104,19 +141,7 @@ def sample_options(
 @click.option(
     "--rope-scaling", metavar="KIND[:FACTOR]", help="For lengths beyond the trained one: yarn."
 )
-@click.option(
-    "--json",
-    "json_path",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Write everything, down to the answers.",
-)
-@click.option(
-    "--plot",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE.png",
-    help="Draw quality against KV bytes and against time per token.",
-)
+@report_options
 def command(
     model: str,
     mode_texts: tuple[str, ...],
@@ -137,12 +162,9 @@ def command(
 ) -> None:
     """Measure the effective context of a model, and what --mode settings lose against it:
     questions about haystacks that were read before the questions were known."""
-    from tael import __version__
-    from tael.backends.cpu.backend import chosen_isa
     from tael.config import EngineConfig, RopeScaling
     from tael.evals.context.modes import parse_modes
-    from tael.evals.context.plot import plot_quality
-    from tael.evals.context.report import Slo, render, to_json
+    from tael.evals.context.report import Slo, render
     from tael.evals.context.suite import Settings, run_suite
     from tael.evals.context.tasks import TASKS, parse_tasks
     from tael.evals.context.texts import fetch_texts
@@ -169,17 +191,30 @@ def command(
         fetch_texts(progress)
     result = run_suite(settings, show=show_cell)
     click.echo(render(result, slo))
+    write_reports(result, slo, json_path, plot)
+
+
+def write_reports(result: Result, slo: Slo, json_path: Path | None, plot: Path | None) -> None:
+    """To the files that were asked for."""
+    from tael import __version__
+    from tael.backends.cpu.backend import chosen_isa
+    from tael.evals.context.plot import plot_quality
+    from tael.evals.context.report import to_json
+
     if json_path:
         machine = {
             "tael": __version__,
             "python": platform.python_version(),
             "isa": chosen_isa(),
-            "num_threads": threads,
+            "date": f"{date.today()}",
+            "num_threads": result.settings.config.num_threads,
         }
         report = {**machine, **to_json(result, slo)}
         json_path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if plot:
-        plot_quality(plot, result, title=f"{Path(model).name}: quality against cost")
+        plot_quality(
+            plot, result, title=f"{Path(result.settings.model).name}: quality against cost"
+        )
 
 
 def show_cell(mode: str, length: int, cell: Cell) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from tael.cli.bench_context import sample_options, show_cell
+from tael.cli.bench_context import report_options, sample_options, show_cell, write_reports
 from tael.cli.common import TransferBar
 from tael.errors import TaelError
 
@@ -15,6 +15,7 @@ from tael.errors import TaelError
 @click.command("calibrate")
 @click.argument("model")
 @sample_options(lengths="4K,8K", tasks="those of retrieval", num_samples=2, num_questions=50)
+@report_options
 def command(
     model: str,
     lengths: tuple[int, ...],
@@ -23,11 +24,14 @@ def command(
     questions: int,
     seed: int,
     threads: int | None,
+    json_path: Path | None,
+    plot: Path | None,
 ) -> None:
     """Measure what KV formats and reading budgets lose on this model, and choose the settings
     of --mode balanced (less than 2 points of the exact score, at 95%) and frugal (5 points)."""
     from tael.config import EngineConfig
     from tael.evals.context.calibrate import LADDER, calibration
+    from tael.evals.context.report import Slo
     from tael.evals.context.suite import Settings, run_suite
     from tael.evals.context.tasks import TASKS, parse_tasks
     from tael.evals.context.texts import fetch_texts
@@ -58,6 +62,7 @@ def command(
             f"{Path(model).name} answers too few of these questions to show what a mode loses."
         )
     result = run_suite(replace(settings, tasks=counted), show=show_cell)
+    write_reports(result, Slo(), json_path, plot)
     found = calibration(result, load_prepared(path).weights.digest)
     click.echo(
         f"{Path(model).name}: {len(found.tasks)} tasks, {found.num_questions} questions a length, "

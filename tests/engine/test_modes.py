@@ -32,7 +32,7 @@ def test_calibrate(
     assert found is not None and found.tasks == ("needle_digits",) and found.num_questions == 2
     # Two questions can show no more than that less than most is lost.
     assert all(candidate.lower_bound < -0.7 for candidate in found.candidates)
-    assert result.output.count("loses at most") == len(found.candidates) == 5
+    assert result.output.count("loses at most") == len(found.candidates) == 4
     assert "--mode balanced: as exact" in result.output
     with LLM(str(path), mode="frugal", max_model_len=512) as llm:
         assert llm.engine.config.kv_format == "bf16"
@@ -56,10 +56,12 @@ def test_a_mode_sets_the_engine(
     model_path: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = {"kv_format": "q8", "kv_budget": 1024}
-    monkeypatch.setattr("tael.llm.mode_settings", lambda name, digest: chosen)
+    monkeypatch.setattr("tael.llm.mode_settings", lambda name, digest, context: chosen)
     with LLM(str(model_path("smollm2:135m")), mode="balanced", max_model_len=512) as llm:
         config = llm.engine.config
         assert (config.kv_format, config.kv_budget, config.mode) == ("q8", 1024, "exact")
         assert llm.engine.manager.groups[0].open_block_bytes > 0
+    with pytest.raises(TaelError, match="without --rope-scaling"):
+        LLM(str(model_path("smollm2:135m")), mode="balanced", rope_scaling="yarn")
     with pytest.raises(TaelError, match="cpu backend"):
         LLM(str(model_path("smollm2:135m")), mode="balanced", backend="reference")

@@ -48,7 +48,8 @@ def test_running_out_of_memory_is_a_failure() -> None:
     failed = replace(cell(0), cost=None, error="it does not fit")
     made = result(10, 10, 10, mode_cells={4096: failed})
     assert headline(made, "q8", SLO).ec_rel == 2048
-    assert retentions(made, "q8", 4096)["retrieval"].mean == -1.0
+    assert retentions(made, "q8", 4096) == {}
+    assert not list(flips(made))
     assert "failed: it does not fit" in render(made, SLO)
 
 
@@ -60,6 +61,17 @@ def test_retention_is_by_kind_and_flips_are_listed() -> None:
     assert len(found) == 40 and {flip.length for flip in found} == {2048}
     assert {(flip.exact, flip.answer, flip.change) for flip in found} == {("1.0", "0.0", -1.0)}
     assert re.search(r"q8 +2,048 .* -10\.0 \[.*\] lost .* -40 \+0", render(made, SLO))
+
+
+def test_tasks_that_the_exact_model_fails_tell_nothing() -> None:
+    """Of a mode: it can lose nothing there."""
+    made = result(10, 10, 10)
+    answers = cell(10).answers | {"multikey": cell(0).answers["multikey"]}
+    made.cells["exact", 4096] = replace(cell(10), answers=answers)
+    assert set(retentions(made, "q8", 4096)) == {"reasoning"}
+    assert "points at 4,096 tokens are without multikey" in render(made, SLO)
+    made.cells["exact", 4096] = replace(cell(0), cost=None, error="it does not fit")
+    assert retentions(made, "q8", 4096) == {} and not list(flips(made))
 
 
 def test_scores_by_depth() -> None:

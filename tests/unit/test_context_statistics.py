@@ -66,8 +66,39 @@ def test_tasks_weigh_the_same() -> None:
 def test_no_loss_among_few_questions_proves_little(n: int, kept: bool) -> None:
     """149 without a loss show less than 2 points at 95%."""
     scores = {"a": [[1.0] * n]}
-    assert accuracy(scores).lower_bound == pytest.approx(0.05 ** (1 / n))
+    assert accuracy(scores).lower_bound == pytest.approx(0.05 ** (1 / n), abs=1e-3)
     assert (verdict(retention(scores, scores), 0.02) == "kept") is kept
+
+
+@pytest.mark.parametrize(("num_worse", "exact_bound"), [(1, 0.0312), (4, 0.0600), (15, 0.1490)])
+def test_bounds_of_right_and_wrong_answers_are_the_exact_ones(
+    num_worse: int, exact_bound: float
+) -> None:
+    """The bounds of Clopper and Pearson for 150 questions, one-sided, at 95%."""
+    right = {"a": [[1.0] * 150]}
+    some_wrong = {"a": [[0.0] * num_worse + [1.0] * (150 - num_worse)]}
+    assert retention(right, some_wrong).lower_bound == pytest.approx(-exact_bound, abs=1.5e-3)
+
+
+@given(pairs(), st.data())
+def test_a_worse_answer_never_gives_a_better_bound(pair, data) -> None:  # type: ignore[no-untyped-def]
+    exact, mode = ({task: values[:1] for task, values in of.items()} for of in pair)
+    worse = {task: [list(values[0])] for task, values in mode.items()}
+    [values] = worse[data.draw(st.sampled_from(sorted(worse)))]
+    values[data.draw(st.integers(0, len(values) - 1))] -= 0.5
+    assert retention(exact, worse).lower_bound <= retention(exact, mode).lower_bound
+
+
+def test_two_haystacks_that_lose_alike_prove_little() -> None:
+    """2 of 100 questions: up to 6.2 points."""
+    right = {"a": [[1.0] * 50] * 2}
+    assert retention(right, {"a": [[0.0] + [1.0] * 49] * 2}).lower_bound < -0.055
+
+
+def test_a_task_of_few_questions_weighs_as_the_others() -> None:
+    scores = {"a": [[1.0] * 192], "b": [[1.0] * 8]}
+    exact_bound = (1 - 0.05 ** (1 / 8)) / 2  # of b alone: 8 questions without a loss
+    assert retention(scores, scores).lower_bound <= -0.95 * exact_bound
 
 
 def test_gains_among_few_questions_prove_no_more() -> None:
@@ -88,16 +119,19 @@ def test_verdicts() -> None:
     assert verdict(retention(few, {"a": [[0.0] + [1.0] * 8]}), 0.02) == "open"
 
 
-def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
-    """20 haystacks of 8 questions that share a haystack's luck."""
+@pytest.mark.parametrize(("num_haystacks", "least"), [(4, 0.84), (20, 0.9)])
+def test_intervals_cover_the_truth_about_as_often_as_they_say(
+    num_haystacks: int, least: float
+) -> None:
+    """Haystacks of 8 questions that share its luck."""
     rng = np.random.default_rng(1)
     covered = 0
     for _ in range(150):
-        luck = rng.beta(8, 2, size=(20, 1))  # mean 0.8
-        scores = (rng.random((20, 8)) < luck).astype(float)
+        luck = rng.beta(8, 2, size=(num_haystacks, 1))  # mean 0.8
+        scores = (rng.random((num_haystacks, 8)) < luck).astype(float)
         estimate = accuracy({"a": scores.tolist()})
         covered += estimate.low <= 0.8 <= estimate.high
-    assert 0.88 < covered / 150 < 1.0
+    assert least < covered / 150 < 1.0
 
 
 def test_more_haystacks_make_narrower_intervals() -> None:

@@ -13,7 +13,7 @@ from tael.errors import TaelError
 from tael.evals.context import retrieval, texts
 from tael.evals.context.haystack import Room
 from tael.evals.context.sample import Question, Sample
-from tael.evals.context.scoring import name_f1, recall
+from tael.evals.context.scoring import first_things, name_f1, recall
 from tael.evals.context.tasks import QUESTION_ROOM, TASKS, make_samples, parse_tasks
 from tael.evals.context.words import CITIES, COLOURS, FIRST_NAMES, LAST_NAMES, ROOMS, THINGS
 
@@ -30,7 +30,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> None:
         f"Verse {'i' * (i % 40)} was read; and then all of it was forgotten." for i in range(999)
     ]
     functions = [
-        (f"work_{i}", f'def work_{i}(x):\n    """Do it."""\n    return x + {i}') for i in range(200)
+        (f"work_{i}", f'def work_{i}(x):\n    """Do it."""\n    return x + {i}') for i in range(900)
     ]
     monkeypatch.setattr(texts, "_verses", lambda: verses)
     monkeypatch.setattr(texts, "_functions", lambda: functions)
@@ -58,6 +58,12 @@ def test_the_answers_are_in_the_haystack_and_not_in_the_question(task: str) -> N
             assert 0 <= question.depth <= 1
             assert TASKS[task].score(question, f" {', '.join(question.answers)}.") == 1.0
             assert TASKS[task].score(question, " I do not know.") == 0.0
+
+
+def test_a_haystack_that_cannot_be_filled_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(texts, "_functions", lambda: [("f", "def f(x):\n    return x + 77")] * 40)
+    with pytest.raises(TaelError, match=r"the texts of code are .* too short for 6000"):
+        samples("code")
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -205,11 +211,31 @@ def test_a_function_gets_its_line_behind_a_long_signature() -> None:
 
 @pytest.mark.parametrize(
     ("text", "score"),
-    [(" 1234567 and 7654321.", 1.0), (" 1,234,567", 0.5), (" 12345678", 0.0), ("x7654321", 0.0)],
+    [
+        (" 1234567 and 7654321.", 1.0),
+        (" 1234567,7654321", 1.0),
+        (" 1,234,567", 0.5),
+        (" 12345678", 0.0),
+        ("x7654321", 0.0),
+    ],
 )
 def test_recall_wants_whole_numbers(text: str, score: float) -> None:
     question = Question("?", ("1234567", "7654321"), "", 0.5)
     assert recall(question, text) == score
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        (" anchor, basket and bottle.", 1.0),
+        (" Bottle anchor anchor", 2 / 3),
+        (" ladder lantern anchor basket bottle", 1 / 3),
+        (" I do not know.", 0.0),
+    ],
+)
+def test_a_list_that_goes_on_names_no_more_things(text: str, score: float) -> None:
+    question = Question("?", ("anchor", "basket", "bottle"), "", 0.5)
+    assert first_things(question, text) == pytest.approx(score)
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def make_engine(
 ) -> Engine:
     block_bytes = sum(group.block_bytes for group in cache_groups(SPEC, BLOCK_SIZE))
     config = EngineConfig(
-        memory_bytes=overhead_bytes(SPEC) + num_blocks * block_bytes,
+        memory_bytes=overhead_bytes(SPEC, SPEC.max_position_embeddings) + num_blocks * block_bytes,
         scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens),
         speculation=speculation,
     )

@@ -11,6 +11,8 @@ from tael.errors import TaelError
 
 NOT_A_MODE = {
     "backend",
+    "cache_bytes",
+    "cache_dir",
     "mode",
     "kv_disk_bytes",
     "kv_disk_dir",
@@ -49,6 +51,8 @@ def parse_mode(text: str) -> Mode:
     """``NAME=SETTING:VALUE,...``, such as ``frugal=kv_format:q8,kv_budget:2048``. Raises TaelError
     if there is no such setting or the value is not of its kind."""
     name, _, rest = text.partition("=")
+    if not name or not rest or name == EXACT.name:
+        raise TaelError(f"cannot read the mode {text!r}; write NAME=SETTING:VALUE,...")
     kinds = {f.name: str(f.type) for f in dataclasses.fields(EngineConfig)}
     settings = {}
     for part in rest.split(","):
@@ -57,8 +61,6 @@ def parse_mode(text: str) -> Mode:
             known = ", ".join(sorted(kinds.keys() - NOT_A_MODE))
             raise TaelError(f"a mode has no setting {setting!r}; known are {known}.")
         settings[setting] = _value(setting, value, kinds[setting])
-    if not name or name == EXACT.name:
-        raise TaelError(f"cannot read the mode {text!r}; write NAME=SETTING:VALUE,...")
     return Mode(name, settings)
 
 

@@ -34,8 +34,8 @@ def plot_quality(path: Path, result: Result, title: str) -> None:
             x = [costs[which] for _, _, costs in points]
             y = [100 * estimate.mean for _, estimate, _ in points]
             errors = [
-                [100 * (e.mean - e.low) for _, e, _ in points],
-                [100 * (e.high - e.mean) for _, e, _ in points],
+                [100 * max(0.0, e.mean - e.low) for _, e, _ in points],
+                [100 * max(0.0, e.high - e.mean) for _, e, _ in points],
             ]
             style = {"marker": "o", "markersize": 4, "capsize": 2, "color": f"C{i}"}
             axes.errorbar(x, y, yerr=errors, label=f"{length:,} tokens", **style)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
@@ -32,9 +32,9 @@ MARGINS: dict[Kind, float] = {"retrieval": 0.02, "reasoning": 0.03}
 class Slo:
     """What a user still accepts."""
 
-    time_to_first_token_s: float
-    s_per_token: float
-    memory_bytes: int | None
+    time_to_first_token_s: float = 60.0
+    s_per_token: float = 0.1
+    memory_bytes: int | None = None
 
     def is_met(self, cell: Cell) -> bool:
         cost = cell.cost
@@ -72,13 +72,12 @@ class Flip:
     """Of the score."""
 
 
-def scores(result: Result, mode: str, length: int, kind: Kind | None = None) -> Scores:
-    """Of the tasks that count, or those of a kind among them."""
+def scores(result: Result, mode: str, length: int, tasks: Iterable[str] | None = None) -> Scores:
+    """Of some tasks, or of all that count."""
     answers = result.cells[mode, length].answers
     return {
         task: [[answer.score for answer in sample] for sample in answers[task]]
-        for task in result.counted
-        if kind in (None, TASKS[task].kind)
+        for task in (result.counted if tasks is None else tasks)
     }
 
 
@@ -103,20 +102,29 @@ def headline(result: Result, mode: str, slo: Slo) -> Headline:
 
 
 def retentions(result: Result, mode: str, length: int) -> dict[Kind, Estimate]:
-    """Against the exact model, by kind of task; none where that failed itself."""
-    if result.cells[EXACT.name, length].error is not None:
+    """Against the exact model, by kind of the tasks that it passes at this length. None where
+    one of the two failed."""
+    if result.cells[mode, length].error is not None:
         return {}
-    exact = {kind: scores(result, EXACT.name, length, kind) for kind in MARGINS}
+    by_kind = {kind: _of_kind(result.passed(length), kind) for kind in MARGINS}
     return {
-        kind: retention(exact[kind], scores(result, mode, length, kind))
-        for kind in MARGINS
-        if exact[kind]
+        kind: retention(
+            scores(result, EXACT.name, length, tasks), scores(result, mode, length, tasks)
+        )
+        for kind, tasks in by_kind.items()
+        if tasks
     }
+
+
+def _of_kind(tasks: Iterable[str], kind: Kind) -> list[str]:
+    return [task for task in tasks if TASKS[task].kind == kind]
 
 
 def flips(result: Result) -> Iterator[Flip]:
     for (mode, length), cell in result.cells.items():
         exact = result.cells[EXACT.name, length]
+        if cell.error is not None or exact.error is not None:
+            continue
         for task in result.counted:
             samples = result.samples[length][task]
             for sample, *both in zip(samples, exact.answers[task], cell.answers[task], strict=True):
@@ -195,6 +203,10 @@ def _render_cells(result: Result) -> Iterator[str]:
         line += f" {f'-{len(changes) - gained} +{gained}' if mode != EXACT.name else '':>7}"
         line += _figures(cell)
         yield line
+    for length in result.samples:
+        failed = sorted(set(result.counted) - set(result.passed(length)))
+        if failed:
+            yield f"points at {length:,} tokens are without {', '.join(failed)}: exact fails there"
 
 
 def _figures(cell: Cell) -> str:
@@ -267,7 +279,11 @@ def _cell_json(result: Result, mode: str, length: int) -> dict[str, Any]:
         "error": cell.error,
         "score": asdict(accuracy(scores(result, mode, length))) if counted else None,
         "retention": {
-            kind: {**asdict(estimate), "verdict": verdict(estimate, MARGINS[kind])}
+            kind: {
+                **asdict(estimate),
+                "verdict": verdict(estimate, MARGINS[kind]),
+                "tasks": _of_kind(result.passed(length), kind),
+            }
             for kind, estimate in kept.items()
         },
         "by_depth": by_depth(result, mode, length),

@@ -81,12 +81,19 @@ class Result:
     cells: dict[tuple[str, int], Cell]
     """By mode and length."""
 
+    def passed(self, length: int) -> tuple[str, ...]:
+        """Tasks that the exact model can do at this length too. Of another one it cannot be seen
+        what a mode loses."""
+        exact = self.cells[EXACT.name, length]
+        return () if exact.error is not None else _passed(exact.answers)
+
 
 def run_suite(settings: Settings, show: Callable[[str, int, Cell], None]) -> Result:
     """Measure everything, from the shortest length to the longest and the exact mode first.
     ``show`` is told of every cell when it is done. Raises TaelError if samples cannot be made or
     the exact model does not run at the shortest length."""
     tokenizer = load_prepared(resolve(settings.model)).tokenizer
+    configs = {mode.name: mode.config(settings.config) for mode in (EXACT, *settings.modes)}
     counted: tuple[str, ...] | None = None
     all_samples: dict[int, Samples] = {}
     cells: dict[tuple[str, int], Cell] = {}
@@ -105,15 +112,18 @@ def run_suite(settings: Settings, show: Callable[[str, int, Cell], None]) -> Res
         texts = make_texts(tokenizer, length, settings.num_texts, settings.seed)
         all_samples[length] = samples
         with tempfile.TemporaryDirectory() as folder:
-            for mode in (EXACT, *settings.modes):
-                config = replace(mode.config(settings.config), max_model_len=length)
-                job = _Job(settings.model, config, samples, counted, texts, Path(folder))
-                cells[mode.name, length] = cell = _run_isolated(job)
+            for name, mode_config in configs.items():
+                # Scaled RoPE follows the context: all lengths are to be of one model.
+                context = length if mode_config.rope_scaling is None else max(settings.lengths)
+                config = replace(mode_config, max_model_len=context)
+                is_exact = name == EXACT.name
+                job = _Job(settings.model, config, is_exact, samples, counted, texts, Path(folder))
+                cells[name, length] = cell = _run_isolated(job)
                 if counted is None:
                     if cell.error is not None:
                         raise TaelError(cell.error)
-                    counted = _counted(cell.answers)
-                show(mode.name, length, cell)
+                    counted = _passed(cell.answers)
+                show(name, length, cell)
     assert counted is not None
     return Result(settings, counted, all_samples, cells)
 
@@ -122,6 +132,7 @@ def run_suite(settings: Settings, show: Callable[[str, int, Cell], None]) -> Res
 class _Job:
     model: str
     config: EngineConfig
+    is_exact: bool
     samples: Samples
     counted: tuple[str, ...] | None
     """None: not known yet."""
@@ -134,8 +145,8 @@ def _run_isolated(job: _Job) -> Cell:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
         try:
             return executor.submit(_run, job).result()
-        except TaelError as error:
-            return _failure(job, str(error))
+        except (TaelError, MemoryError, OSError) as error:
+            return _failure(job, str(error) or "there is not enough memory")
         except BrokenProcessPool:
             return _failure(job, "the process was ended from outside, for its memory perhaps")
 
@@ -157,21 +168,22 @@ def _run(job: _Job) -> Cell:
         )
     asked = job.samples if job.counted is None else {t: job.samples[t] for t in job.counted}
     answers, cost = answer_all(engine, asked)
-    counted = _counted(answers) if job.counted is None else job.counted
+    counted = _passed(answers) if job.counted is None else job.counted
     forced = {task: samples for task, samples in job.samples.items() if task not in counted}
     log_likelihoods = answer_log_likelihoods(engine, forced)
     rows = list(forced_rows(engine, job.texts))
     paths = [job.folder / f"{i}.npy" for i in range(len(rows))]
-    for path, exact_rows in zip(paths, rows, strict=True):
-        if not path.exists():  # of the exact mode, which runs first
+    if job.is_exact:
+        for path, exact_rows in zip(paths, rows, strict=True):
             np.save(path, exact_rows)
-    exact = [np.load(path, mmap_mode="r") for path in paths]
+    # None are there if the exact model failed at this length.
+    exact = [np.load(path, mmap_mode="r") for path in paths if path.exists()]
     return Cell(
-        answers, log_likelihoods, cost, divergence(exact, rows, job.texts) if rows else None
+        answers, log_likelihoods, cost, divergence(exact, rows, job.texts) if exact else None
     )
 
 
-def _counted(answers: dict[str, list[list[Answer]]]) -> tuple[str, ...]:
+def _passed(answers: dict[str, list[list[Answer]]]) -> tuple[str, ...]:
     return tuple(
         task
         for task, samples in answers.items()

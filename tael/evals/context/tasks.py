@@ -11,12 +11,15 @@ from tael.errors import TaelError
 from tael.evals.context import reasoning, retrieval
 from tael.evals.context.haystack import Room
 from tael.evals.context.sample import Draft, Question, Sample
-from tael.evals.context.scoring import name_f1, recall
+from tael.evals.context.scoring import first_things, name_f1, recall
 from tael.loader.tokenizer import Tokenizer
 
 QUESTION_ROOM = 144
 """Tokens of a length that are left for the chat template, a question and its answer: half as many
 again as the longest question of three keys takes."""
+
+MAX_EMPTY_TOKENS = 128
+"""That the last line may leave, or a tenth of the room."""
 
 Kind = Literal["retrieval", "reasoning"]
 
@@ -40,7 +43,7 @@ TASKS: dict[str, Task] = {
     "variables_1": Task("reasoning", reasoning.variables(1)),
     "variables_2": Task("reasoning", reasoning.variables(2)),
     "variables_4": Task("reasoning", reasoning.variables(4)),
-    "frequent_words": Task("reasoning", reasoning.frequent_words),
+    "frequent_words": Task("reasoning", reasoning.frequent_words, first_things),
     "whereabouts": Task("reasoning", reasoning.whereabouts),
     "possessions": Task("reasoning", reasoning.possessions),
     "parents": Task("reasoning", reasoning.parents, name_f1),
@@ -69,6 +72,12 @@ def make_samples(
                 f"{task} does not fit {length} tokens ({error}); ask fewer questions or measure "
                 "longer contexts."
             ) from error
+        num_missing = room.num_tokens - sum(map(room.count, draft.haystack.split("\n")))
+        if num_missing > max(MAX_EMPTY_TOKENS, room.num_tokens // 10):
+            raise TaelError(
+                f"the texts of {task} are {num_missing} tokens too short for {length}; measure "
+                "shorter contexts."
+            )
         samples.append(Sample(task, length, index, draft.haystack, draft.questions))
     return samples
 
