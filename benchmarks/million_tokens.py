@@ -43,7 +43,9 @@ SETTINGS: dict[str, Any] = {
 }
 SHORTEST = 32768
 NUM_STEPS = 32
-"""Of a turn, timed after as many that bring in what the turns before it had pushed out."""
+"""Of a turn, timed..."""
+NUM_WARM_UP_STEPS = 192
+"""...after these, which bring in what the turns before it had pushed out."""
 
 
 def write_random_model(like: Path, path: Path, max_position_embeddings: int) -> None:
@@ -102,7 +104,7 @@ def measure(model: Path, num_tokens: int, memory_bytes: int, num_rounds: int) ->
         str(model),
         memory=memory_bytes,
         kv_disk="16GiB",
-        max_model_len=depths[-1] + 3 * NUM_STEPS,
+        max_model_len=depths[-1] + NUM_WARM_UP_STEPS + 2 * NUM_STEPS,
         max_num_seqs=1,
         speculation=False,
         **SETTINGS,
@@ -121,8 +123,9 @@ def measure(model: Path, num_tokens: int, memory_bytes: int, num_rounds: int) ->
         loads: dict[int, list[float]] = {depth: [] for depth in depths}
         for i in range(num_rounds):
             for depth in depths[:: -1 if i % 2 else 1]:
-                begin(engine, prompt[:depth], 2 * NUM_STEPS + 1)
-                decode(engine, tiered)
+                begin(engine, prompt[:depth], NUM_WARM_UP_STEPS + NUM_STEPS + 1)
+                for _ in range(NUM_WARM_UP_STEPS):
+                    engine.step()
                 milliseconds, share = decode(engine, tiered)
                 times[depth].append(milliseconds)
                 loads[depth].append(share)

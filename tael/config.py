@@ -9,7 +9,7 @@ from pathlib import Path
 from tael.errors import TaelError
 
 BLOCK_SIZE = 32
-"""Tokens per KV block. Kernels accumulate attention in chunks of one block."""
+"""Tokens per KV block."""
 
 NUM_SINK_BLOCKS, NUM_RECENT_BLOCKS = 4, 4
 """Complete blocks that a query reads whatever its budget: the first and the last."""

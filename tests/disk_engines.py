@@ -70,7 +70,7 @@ def engine_of(
     """With ``num_blocks`` in every pool."""
     scheduler = SchedulerConfig(max_num_seqs, 64)
     groups = cache_groups(spec, BLOCK_SIZE)
-    taken = backend.weights_bytes + backend.reserve(scheduler, 256) + overhead_bytes(spec)
+    taken = backend.weights_bytes + backend.reserve(scheduler, 256) + overhead_bytes(spec, 256)
     if cache_dir is not None:
         taken += disk.overhead_bytes(cache_bytes, groups)
     config = EngineConfig(
@@ -95,7 +95,7 @@ def make_tiered_engine(model: PreparedModel, folder: Path, cache_dir: Path | Non
     memory_bytes = (
         backend.weights_bytes
         + backend.reserve(scheduler, 256)
-        + overhead_bytes(model.spec)
+        + overhead_bytes(model.spec, 256)
         + scheduler.max_num_open_blocks * group.open_block_bytes
         + num_blocks * group.memory_block_bytes
         + num_slots * (group.slot_bytes + TIERED_SLOT_BYTES)

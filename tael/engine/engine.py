@@ -49,6 +49,10 @@ SAMPLING_BYTES = 96
 high temperature."""
 
 
+TOKEN_BYTES = 48
+"""Per token of the longest context: an int in the list of a prompt and its place there, and the
+places in a request's copy. It counts from some 100,000 tokens on."""
+
 NUM_PREFILL_TOKENS = 128
 """A step of so many tokens or more says how fast prompts are computed."""
 
@@ -110,7 +114,8 @@ class Engine:
         longest = spec.max_position_embeddings
         if config.max_model_len is not None:
             longest = min(longest, config.max_model_len)
-        workspace_bytes = overhead_bytes(spec) + backend.reserve(config.scheduler, longest)
+        workspace_bytes = overhead_bytes(spec, longest)
+        workspace_bytes += backend.reserve(config.scheduler, longest)
         if config.cache_dir is not None:
             workspace_bytes += tier_overhead_bytes(config.cache_bytes, groups)
         kv_bytes = kv_budget(
@@ -357,9 +362,9 @@ class Engine:
         return _total([completion.request.usage for completion in completions])
 
 
-def overhead_bytes(spec: ModelSpec) -> int:
+def overhead_bytes(spec: ModelSpec, max_model_len: int) -> int:
     """Memory that an engine takes besides the backend and the KV cache."""
-    return OVERHEAD_BYTES + SAMPLING_BYTES * spec.vocab_size
+    return OVERHEAD_BYTES + SAMPLING_BYTES * spec.vocab_size + TOKEN_BYTES * max_model_len
 
 
 def kv_fingerprint(spec: ModelSpec, backend: Backend, config: EngineConfig) -> dict[str, str]:

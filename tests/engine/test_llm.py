@@ -47,7 +47,9 @@ def make_engine(
     backend = backend_class(spec, checkpoint)
     scheduler = SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=64)
     (group,) = cache_groups(spec, BLOCK_SIZE)
-    taken = overhead_bytes(spec) + backend.weights_bytes + backend.reserve(scheduler, MAX_LEN)
+    taken = (
+        overhead_bytes(spec, MAX_LEN) + backend.weights_bytes + backend.reserve(scheduler, MAX_LEN)
+    )
     config = EngineConfig(memory_bytes=taken + num_blocks * group.block_bytes, scheduler=scheduler)
     tokenizer = Tokenizer.from_directory(folder)
     return Engine(spec, backend, tokenizer, config, baseline_bytes=0)

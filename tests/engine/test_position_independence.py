@@ -203,7 +203,7 @@ def make_engine(
     memory_bytes = (
         backend.weights_bytes
         + backend.reserve(config.scheduler, MAX_MODEL_LEN)
-        + overhead_bytes(spec)
+        + overhead_bytes(spec, MAX_MODEL_LEN)
         + kv_bytes
         + config.scheduler.max_num_open_blocks * group.open_block_bytes
     )
