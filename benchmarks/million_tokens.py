@@ -85,13 +85,12 @@ def begin(engine: Engine, prompt: list[int], num_tokens: int) -> float:
     return time.perf_counter() - start
 
 
-def decode(engine: Engine, tiered: TieredBlocks) -> tuple[float, float]:
-    """Milliseconds a token over NUM_STEPS, and the share of what they read that was not in
-    memory."""
+def decode(engine: Engine, tiered: TieredBlocks, num_steps: int) -> tuple[float, float]:
+    """Milliseconds a token, and the share of what the tokens read that was not in memory."""
     before, start = dict(tiered.counters), time.perf_counter()
-    for _ in range(NUM_STEPS):
+    for _ in range(num_steps):
         engine.step()
-    milliseconds = 1000 * (time.perf_counter() - start) / NUM_STEPS
+    milliseconds = 1000 * (time.perf_counter() - start) / num_steps
     num_loads, num_hits = (
         tiered.counters[name] - before[name] for name in ("num_loads", "num_hits")
     )
@@ -124,9 +123,8 @@ def measure(model: Path, num_tokens: int, memory_bytes: int, num_rounds: int) ->
         for i in range(num_rounds):
             for depth in depths[:: -1 if i % 2 else 1]:
                 begin(engine, prompt[:depth], NUM_WARM_UP_STEPS + NUM_STEPS + 1)
-                for _ in range(NUM_WARM_UP_STEPS):
-                    engine.step()
-                milliseconds, share = decode(engine, tiered)
+                decode(engine, tiered, NUM_WARM_UP_STEPS)
+                milliseconds, share = decode(engine, tiered, NUM_STEPS)
                 times[depth].append(milliseconds)
                 loads[depth].append(share)
         for depth in depths:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Callable
 from datetime import date
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from tael.cli.common import F, TransferBar, byte_size
+from tael.cli.common import F, TransferBar, byte_size, output_file
 
 if TYPE_CHECKING:
     from tael.evals.context.report import Slo
@@ -81,7 +79,7 @@ def report_options(command: F) -> F:
         click.option(
             "--plot",
             type=file,
-            callback=_writable,
+            callback=output_file,
             metavar="FILE.png",
             help="Draw quality against KV bytes and against time per token.",
         ),
@@ -89,22 +87,13 @@ def report_options(command: F) -> F:
             "--json",
             "json_path",
             type=file,
-            callback=_writable,
+            callback=output_file,
             metavar="FILE",
             help="Write everything, down to the answers.",
         ),
     ):
         command = option(command)
     return command
-
-
-def _writable(_: click.Context, option: click.Parameter, path: Path | None) -> Path | None:
-    """Noticed before a long run and not after it."""
-    if path is not None and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
-        raise click.BadParameter(f"cannot write into {path.parent}")
-    if path is not None and option.name == "plot" and find_spec("matplotlib") is None:
-        raise click.BadParameter("a plot needs matplotlib; run: pip install 'tael[plot]'")
-    return path
 
 
 @click.command("context")

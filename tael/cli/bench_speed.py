@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tael.cli.common import model_options, open_llm
+from tael.cli.common import model_options, open_llm, output_file
 
 if TYPE_CHECKING:
     from tael.evals.limits import Limits
@@ -51,6 +51,7 @@ COUNT.name = "N"
 @click.option(
     "--plot",
     type=click.Path(dir_okay=False, path_type=Path),
+    callback=output_file,
     metavar="FILE.png",
     help="Draw the decoding over the depths, or over the batches if those are more.",
 )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
+from importlib.util import find_spec
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -197,6 +200,16 @@ def print_table(rows: Sequence[Sequence[str]], *, num_left: int | None = None) -
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         click.echo("  ".join(cells).rstrip())
+
+
+def output_file(_: click.Context, option: click.Parameter, path: Path | None) -> Path | None:
+    """Callback of options for files that are written at the end of a long run: what would be in
+    the way is noticed before it."""
+    if path is not None and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+        raise click.BadParameter(f"cannot write into {path.parent}")
+    if path is not None and option.name == "plot" and find_spec("matplotlib") is None:
+        raise click.BadParameter("a plot needs matplotlib; run: pip install 'tael[plot]'")
+    return path
 
 
 class TransferBar:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from tael.errors import TaelError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Line: TypeAlias = Sequence[tuple[float, float]]
 """Points (x, y)."""
@@ -24,11 +27,7 @@ def plot(
 ) -> None:
     """Write an image in the format of its suffix. The limits are for all lines together, or one
     for each. Raises TaelError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise TaelError("a plot needs matplotlib; run: pip install 'tael[plot]'.") from None
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    figure = new_figure(6, 3.6)
     axes = figure.add_subplot()
     for name, line in lines.items():
         axes.plot(*zip(*line, strict=True), marker="o", markersize=4, label=name)
@@ -44,6 +43,20 @@ def plot(
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend()
+    save_figure(figure, path)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Of so many inches. Raises TaelError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise TaelError("a plot needs matplotlib; run: pip install 'tael[plot]'.") from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """In the format of the suffix. Raises TaelError if that cannot be."""
     try:
         figure.savefig(path, dpi=110)
     except (OSError, ValueError) as error:

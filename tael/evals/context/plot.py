@@ -8,6 +8,7 @@ from tael.errors import TaelError
 from tael.evals.context.report import scores
 from tael.evals.context.statistics import accuracy
 from tael.evals.context.suite import Result
+from tael.evals.plot import new_figure, save_figure
 
 
 def plot_quality(path: Path, result: Result, title: str) -> None:
@@ -15,11 +16,7 @@ def plot_quality(path: Path, result: Result, title: str) -> None:
     mode; up and to the left is better. Raises TaelError without matplotlib or counted tasks."""
     if not result.counted:
         raise TaelError("there is nothing to plot: no task counts; measure a more capable model.")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise TaelError("a plot needs matplotlib; run: pip install 'tael[plot]'.") from None
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = new_figure(10, 4.2)
     figure.suptitle(title)
     left, right = figure.subplots(1, 2, sharey=True)
     for i, length in enumerate(sorted(result.samples)):
@@ -55,7 +52,4 @@ def plot_quality(path: Path, result: Result, title: str) -> None:
     right.legend()
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    try:
-        figure.savefig(path, dpi=110)
-    except (OSError, ValueError) as error:
-        raise TaelError(f"cannot write the plot to {path}: {error}; give another name.") from None
+    save_figure(figure, path)
