@@ -36,6 +36,7 @@ def tables(results: Path = RESULTS) -> dict[str, str]:
         "speculation": ("speculation", speculation_table),
         "kv-formats": ("kv-formats", long_context.format_table),
         "long-context": ("long-context", long_context.mode_table),
+        "long-context-1.5b": ("long-context-1.5b", long_context.mode_table),
         "long-prefill": ("long-prefill", long_context.prefill_table),
         "tiered": ("tiered", long_context.tier_table),
         "million-tokens": ("million-tokens", long_context.length_table),

@@ -150,7 +150,7 @@ struct ModelHandle {
     const nb::object window = attention["window"];
     AttentionConfig config{
         .shape = {number("num_heads"), number("num_kv_heads"), number("head_dim"),
-                  window.is_none() ? INT_MAX : nb::cast<int>(window)},
+                  window.is_none() ? INT_MAX : nb::cast<int>(window), number("budget_percent")},
         .scale = nb::cast<float>(attention["scale"]),
         .norm_eps = model.config().norm_eps,
         .rope = number("rope"),

@@ -96,7 +96,8 @@ class EngineConfig:
     takes it beyond the trained length. ``speculation`` guesses tokens from the text and
     verifies several at once; it changes no token. ``kv_format`` is how complete KV blocks are held
     (one of KV_FORMATS). ``kv_budget`` and ``prefill_budget`` bound the tokens of context whose KV
-    each query of the answer and of the prompt reads per KV head under full attention (None: all).
+    each query of the answer and of the prompt reads per KV head under full attention (None: all);
+    the layers ``kv_focus`` read more of them, and the others so much less (``with_kv_focus``).
     ``mode`` chooses the KV format and the budgets by what they were measured to lose
     (``tael.loader.modes``; "exact": nothing is chosen). ``kv_disk_bytes`` lets the KV of full
     attention be larger than the memory: all complete blocks are then in a file of at most that
@@ -114,6 +115,7 @@ class EngineConfig:
     kv_format: str = "bf16"
     kv_budget: int | None = None
     prefill_budget: int | None = None
+    kv_focus: tuple[int, ...] = ()
     mode: str = "exact"
     kv_disk_bytes: int | None = None
     kv_disk_dir: Path | None = None
@@ -144,6 +146,8 @@ class EngineConfig:
                     f"a KV budget of {budget} tokens does not hold the first and the last blocks; "
                     f"give at least {MIN_BUDGET_BLOCKS * BLOCK_SIZE}."
                 )
+        if self.kv_focus and not self.reads_sparsely:
+            raise TaelError("all layers read all of the context; give a KV budget to share out.")
         if not 0 <= (self.num_threads or 0) <= MAX_THREADS:
             raise TaelError(
                 f"cannot compute with {self.num_threads} threads; give 1 to {MAX_THREADS}, or "

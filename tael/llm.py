@@ -25,7 +25,7 @@ from tael.memory.budget import parse_bytes
 from tael.memory.process import release_freed_memory, rss_bytes
 from tael.models.extension import for_context
 from tael.models.registry import read_spec
-from tael.models.spec import ModelSpec, with_kv_format
+from tael.models.spec import ModelSpec, with_kv_focus, with_kv_format
 from tael.request import FinishReason, SamplingParams, TokenLogprobs, Usage
 
 Message: TypeAlias = Mapping[str, str]
@@ -99,6 +99,7 @@ class LLM:
         kv_format: str = "bf16",
         kv_budget: int | None = None,
         prefill_budget: int | None = None,
+        kv_focus: tuple[int, ...] = (),
         mode: str = "exact",
         kv_disk: int | str | None = None,
         kv_cache_dir: str | Path | None = None,
@@ -115,6 +116,7 @@ class LLM:
             kv_format=kv_format,
             kv_budget=kv_budget,
             prefill_budget=prefill_budget,
+            kv_focus=tuple(kv_focus),
             mode=mode,
             kv_disk_bytes=None if kv_disk is None else _bytes(kv_disk),
             cache_dir=None if kv_cache_dir is None else Path(kv_cache_dir),
@@ -320,7 +322,8 @@ def _load(
 def _configured(spec: ModelSpec, config: EngineConfig) -> ModelSpec:
     """The model as it is to be run. Raises TaelError if it cannot go as far as is asked."""
     spec = for_context(spec, config.rope_scaling, config.max_model_len)
-    return with_kv_format(spec, config.kv_format, config.reads_sparsely)
+    spec = with_kv_format(spec, config.kv_format, config.reads_sparsely)
+    return with_kv_focus(spec, config.kv_focus)
 
 
 def _repacking(path: Path, progress: Progress) -> Callable[[float], None]:

@@ -218,8 +218,10 @@ AttentionTask AttentionLayer::task_of(const Step& step, const AttentionPiece& pi
 // What the guessed queries of a decode step would read.
 void AttentionLayer::prefetch(const Step& step, const RopeTable& rope, AttentionWorkspace& ws, int32_t seq,
                               int32_t kv_head) const {
-  const int32_t token = step.batch.query_start[seq], budget = step.batch.kv_budgets[token];
-  if (budget == 0 || step.batch.positions[token] / kBlockTokens < budget) return;
+  const int32_t token = step.batch.query_start[seq];
+  if (step.batch.kv_budgets[token] == 0) return;
+  const int32_t budget = budget_of_layer(step.batch.kv_budgets[token], config_.shape.budget_percent);
+  if (step.batch.positions[token] / kBlockTokens < budget) return;
   AttentionWorkspace::Scratch& scratch = ws.scratch[step.thread];
   const AttentionPiece piece = {seq, kv_head, token, 1, 0, 0, -1, budget};
   prepare_queries(step, rope, ws, ws.next_q, piece);

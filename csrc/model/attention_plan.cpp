@@ -39,7 +39,9 @@ int AttentionPlan::tokens_per_piece() const {
 // Blocks that the queries of a token read; 0 where that is all of them.
 int32_t AttentionPlan::budget(const Batch& batch, int32_t token) const {
   if (!batch.kv_budgets || shape_.window != INT32_MAX) return 0;
-  return batch.positions[token] / kBlockTokens < batch.kv_budgets[token] ? 0 : batch.kv_budgets[token];
+  if (batch.kv_budgets[token] == 0) return 0;
+  const int32_t budget = budget_of_layer(batch.kv_budgets[token], shape_.budget_percent);
+  return batch.positions[token] / kBlockTokens < budget ? 0 : budget;
 }
 
 void AttentionPlan::prepare(const Batch& batch) {

@@ -1,15 +1,17 @@
-// Who attends to what in one step, for all layers of one shape.
+// Who attends to what in one step, for all layers of one shape and share of the KV budgets.
 #pragma once
 
 #include <atomic>
 
+#include "model/block_selection.hpp"
 #include "model/step.hpp"
 
 namespace tael {
 
 struct AttentionShape {
   int num_heads, num_kv_heads, head_dim;
-  int window;  // INT32_MAX: full attention
+  int window;          // INT32_MAX: full attention
+  int budget_percent;  // of the KV budgets of tokens
 
   int heads_per_kv_head() const { return num_heads / num_kv_heads; }
   bool operator==(const AttentionShape&) const = default;

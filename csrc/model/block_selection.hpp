@@ -12,6 +12,9 @@ namespace tael {
 constexpr int kSinkBlocks = 4, kRecentBlocks = 4;
 constexpr int kMinBudgetBlocks = kSinkBlocks + kRecentBlocks + 1;  // with the one that the query is in
 
+// Blocks that a layer with `percent` of a budget reads.
+constexpr int budget_of_layer(int budget, int percent) { return std::max(kMinBudgetBlocks, budget * percent / 100); }
+
 // Superblocks whose blocks are scored, where a sequence has more than that. They hold four times the budget
 // (in whole superblocks), and at least 32,768 tokens.
 constexpr int num_scored_superblocks(int budget) { return std::max(32, budget / 8); }

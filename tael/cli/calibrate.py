@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from tael.cli.bench_context import report_options, sample_options, show_cell, write_reports
 from tael.cli.common import TransferBar
 from tael.errors import TaelError
+
+if TYPE_CHECKING:
+    from tael.loader.modes import Setting
+
+NUM_FOCUS_QUESTIONS = 8
+"""Of a task, which every layer is measured with."""
 
 
 @click.command("calibrate")
@@ -27,13 +35,15 @@ def command(
     json_path: Path | None,
     plot: Path | None,
 ) -> None:
-    """Measure what KV formats and reading budgets lose on this model, and choose the settings
-    of --mode balanced (less than 2 points of the exact score, at 95%) and frugal (5 points)."""
+    """Measure which layers need more of a context than others and what KV formats and reading
+    budgets lose on this model, and choose the settings of --mode balanced (less than 2 points of
+    the exact score, at 95%) and frugal (5 points)."""
     from tael.config import EngineConfig
-    from tael.evals.context.calibrate import LADDER, calibration
+    from tael.evals.context.calibrate import calibration, ladder
+    from tael.evals.context.focus import find_focus
     from tael.evals.context.report import Slo
     from tael.evals.context.suite import Settings, run_suite
-    from tael.evals.context.tasks import TASKS, parse_tasks
+    from tael.evals.context.tasks import TASKS, make_samples, parse_tasks
     from tael.evals.context.texts import fetch_texts
     from tael.loader.modes import MARGINS, save_calibration
     from tael.loader.prepared import load_prepared
@@ -42,7 +52,7 @@ def command(
     retrieval = tuple(name for name, task in TASKS.items() if task.kind == "retrieval")
     settings = Settings(
         model=model,
-        modes=LADDER,
+        modes=(),
         lengths=lengths,
         tasks=retrieval if tasks is None else parse_tasks(tasks),
         num_samples=samples,
@@ -55,13 +65,28 @@ def command(
         path = resolve(model, progress=progress)
         fetch_texts(progress)
     # First what the model can do at all, so that no mode is asked for the rest.
-    first = replace(settings, modes=(), lengths=lengths[:1])
+    shortest = min(lengths)
+    first = replace(settings, lengths=(shortest,))
     counted = run_suite(first, show=show_cell).counted
     if not counted:
         raise TaelError(
             f"{Path(model).name} answers too few of these questions to show what a mode loses."
         )
-    result = run_suite(replace(settings, tasks=counted), show=show_cell)
+    tokenizer = load_prepared(path).tokenizer
+    few = {
+        task: make_samples(
+            tokenizer,
+            task,
+            shortest,
+            num_samples=1,
+            num_questions=min(questions, NUM_FOCUS_QUESTIONS),
+            seed=seed,
+        )
+        for task in counted
+    }
+    config = replace(settings.config, max_model_len=shortest)
+    focus = find_focus(path, config, few, show=_show_gain)
+    result = run_suite(replace(settings, modes=ladder(focus), tasks=counted), show=show_cell)
     write_reports(result, Slo(), json_path, plot)
     found = calibration(result, load_prepared(path).weights.digest)
     click.echo(
@@ -76,5 +101,15 @@ def command(
     click.echo(f"written to {save_calibration(found)}")
 
 
-def _text(settings: dict[str, str | int | None]) -> str:
-    return ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in settings.items()) or "as exact"
+def _show_gain(name: str, nats: float) -> None:
+    click.echo(f"tael: {name}: {nats:+.3f} nats a token", err=True)
+
+
+def _text(settings: Mapping[str, Setting]) -> str:
+    return ", ".join(f"{k.replace('_', ' ')} {_shown(v)}" for k, v in settings.items()) or (
+        "as exact"
+    )
+
+
+def _shown(value: Setting) -> str:
+    return " and ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -41,6 +41,13 @@ def token_count(text: str) -> int:
     return int(match[1]) << {"": 0, "k": 10, "m": 20}[match[2].lower()]
 
 
+def layer_numbers(text: str) -> tuple[int, ...]:
+    """Layers in a list such as 9,11: the type of a click option."""
+    if re.fullmatch(r"(\d{1,4}(,\d{1,4})*)?", text) is None:
+        raise TaelError(f"{text} is no list of layers; write one such as 9,11.")
+    return tuple(int(layer) for layer in text.split(",") if layer)
+
+
 def model_options(command: F) -> F:
     """How a model is loaded: keyword arguments of ``LLM``, as the command's ``settings``."""
     options = {
@@ -84,6 +91,13 @@ def model_options(command: F) -> F:
             type=token_count,
             metavar="TOKENS",
             help="The same for each token of the prompt.  [default: all]",
+        ),
+        "kv_focus": click.option(
+            "--kv-focus",
+            type=layer_numbers,
+            default="",
+            metavar="LAYERS",
+            help="Layers that read more than the budgets, the others less (tael calibrate).",
         ),
         "mode": click.option(
             "--mode",

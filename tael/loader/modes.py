@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from tael.errors import TaelError
 from tael.loader.paths import data_dir
@@ -26,7 +27,7 @@ SHIPPED = Path(__file__).parents[1] / "calibrations"
 VERSION = 1
 """Of the calibrations that are valid: the next one when what a candidate reads has changed."""
 
-Setting = str | int | None
+Setting = str | int | tuple[int, ...] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,7 @@ def read_calibration(path: Path) -> Calibration:
     """Raises TaelError if the file is not one."""
     try:
         fields = json.loads(path.read_text())
-        fields["candidates"] = tuple(Measured(**candidate) for candidate in fields["candidates"])
+        fields["candidates"] = tuple(map(_read_measured, fields["candidates"]))
         fields["lengths"], fields["tasks"] = tuple(fields["lengths"]), tuple(fields["tasks"])
         calibration = Calibration(**fields)
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -111,6 +112,12 @@ def read_calibration(path: Path) -> Calibration:
     if calibration.version != VERSION:
         raise TaelError(f"{path} is of another version of Tael; run tael calibrate again.")
     return calibration
+
+
+def _read_measured(fields: dict[str, Any]) -> Measured:
+    chosen = dict(fields["settings"])
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in chosen.items()}
+    return Measured(settings, fields["lower_bound"])
 
 
 def save_calibration(calibration: Calibration) -> Path:

@@ -6,7 +6,7 @@ a ``ModelSpec``. Nothing below holds weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from tael.config import (
@@ -15,6 +15,7 @@ from tael.config import (
     SLOT_ALIGNMENT,
     SUPERBLOCK_BLOCKS,
 )
+from tael.errors import TaelError
 
 SUPERBLOCK_ROW_BYTES = 32
 """For which superblock a row is of."""
@@ -77,6 +78,8 @@ class Attention:
     """One of ``tael.config.KV_FORMATS``."""
     key_summaries: bool = False
     """Complete blocks keep the least and the largest key of every channel, for sparse reading."""
+    budget_percent: int = 100
+    """Of a KV budget, what this layer reads."""
 
     @property
     def cache_spec(self) -> CacheSpec:
@@ -306,6 +309,37 @@ def with_kv_format(spec: ModelSpec, kv_format: str, key_summaries: bool = False)
         summaries = key_summaries and layer.mixer.window is None
         mixer = replace(layer.mixer, kv_format=kv_format, key_summaries=summaries)
         layers.append(replace(layer, mixer=mixer))
+    return replace(spec, layers=tuple(layers))
+
+
+FOCUS_PERCENT = 250
+"""Of a KV budget, what a layer reads that the others are to leave more to."""
+
+
+def with_kv_focus(spec: ModelSpec, focus: Sequence[int]) -> ModelSpec:
+    """The model with ``FOCUS_PERCENT`` of KV budgets in the layers ``focus``, and in the others of
+    full attention so much less that together they read no more. Raises TaelError if there are no
+    such layers or they would leave too little."""
+    full = [i for i, layer in enumerate(spec.layers) if layer.mixer.window is None]
+    others = [i for i in full if i not in focus]
+    if unknown := set(focus) - set(full):
+        raise TaelError(
+            f"layer {min(unknown)} cannot read more of the context: it is none of this model, or "
+            "one with a window; leave it out."
+        )
+    left = 100 * len(full) - FOCUS_PERCENT * (len(full) - len(others))
+    if focus and left < 50 * len(others):
+        raise TaelError(
+            f"{len(full) - len(others)} layers that read more leave the others less than half of "
+            "the KV budget; name fewer."
+        )
+    percents = dict.fromkeys(focus, FOCUS_PERCENT)
+    if focus:
+        percents |= dict.fromkeys(others, left // len(others))
+    layers = [
+        replace(layer, mixer=replace(layer.mixer, budget_percent=percents.get(i, 100)))
+        for i, layer in enumerate(spec.layers)
+    ]
     return replace(spec, layers=tuple(layers))
 
 

@@ -36,6 +36,7 @@ class EngineSettings(Message, frozen=True):
     kv_format: str = "bf16"
     kv_budget: int | None = None
     prefill_budget: int | None = None
+    kv_focus: tuple[int, ...] = ()
     mode: str = "exact"
     kv_disk: int | None = None
     kv_cache_dir: str | None = None

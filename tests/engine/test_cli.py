@@ -207,7 +207,8 @@ def test_run_options_reach_the_model(llm: FakeLLM) -> None:
         "run m.gguf hi --memory 2GiB --threads 3 --context 99 --system s --top-k 5 --seed 4 "
     )
     arguments += "--no-speculation --rope-scaling yarn:4 --kv-format q8 --kv-budget 2K "
-    arguments += "--prefill-budget 4096 --kv-disk 3GiB --kv-cache-dir kv --kv-cache-size 1GiB"
+    arguments += "--prefill-budget 4096 --kv-focus 9,11 "
+    arguments += "--kv-disk 3GiB --kv-cache-dir kv --kv-cache-size 1GiB"
     assert invoke(*arguments.split(), "--max-tokens", "6").exit_code == 0
     assert llm.model == "m.gguf"
     settings = {k: v for k, v in llm.settings.items() if k != "progress"}
@@ -220,6 +221,7 @@ def test_run_options_reach_the_model(llm: FakeLLM) -> None:
         "kv_format": "q8",
         "kv_budget": 2048,
         "prefill_budget": 4096,
+        "kv_focus": (9, 11),
         "kv_disk": 3 << 30,
         "mode": "exact",
         "kv_cache_dir": "kv",

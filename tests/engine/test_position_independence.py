@@ -18,12 +18,12 @@ from tael.backends.cpu.backend import CPUBackend
 from tael.config import BLOCK_SIZE, EngineConfig, SchedulerConfig
 from tael.engine.engine import Engine, overhead_bytes
 from tael.loader.prepared import PreparedModel, load_prepared
-from tael.models.spec import TIERED_SLOT_BYTES, cache_groups, with_kv_format
+from tael.models.spec import TIERED_SLOT_BYTES, cache_groups, with_kv_focus, with_kv_format
 from tael.request import SamplingParams, TokenLogprobs, Usage
 
 NUM_PROMPTS = 200
 MAX_MODEL_LEN = 640
-SPARSE = {"kv_format": "k8v4", "kv_budget": 320, "prefill_budget": 288}
+SPARSE = {"kv_format": "k8v4", "kv_budget": 384, "prefill_budget": 320, "kv_focus": (3, 20)}
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 
 
@@ -192,6 +192,7 @@ def make_engine(
         **settings or {},
     )
     spec = with_kv_format(model.spec, config.kv_format, config.reads_sparsely)
+    spec = with_kv_focus(spec, config.kv_focus)
     backend = CPUBackend(spec, model.weights, num_threads)
     (group,) = cache_groups(spec, BLOCK_SIZE, tiered=num_slots is not None)
     kv_bytes = kv_blocks * group.block_bytes

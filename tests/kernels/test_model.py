@@ -4,6 +4,7 @@ bits however the work is shared out, and refuses what is not a step."""
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,26 @@ def test_sparse_reading_equals_reference(
     dense = compute(spec, backend, tokens, steps)[0]
     assert np.abs(actual - dense)[320:].max() > 10 * TOLERANCE, "the budget changed nothing"
     np.testing.assert_array_equal(actual[: 32 * 9], dense[: 32 * 9])
+
+
+@pytest.mark.parametrize("percent", [50, 250])
+def test_a_layer_reads_its_share_of_a_budget(percent: int) -> None:
+    """Not fewer than the least, and all of what its share holds."""
+    (layer,) = random_spec(3, 2, 32, [None], key_summaries=True).layers
+    mixer = replace(layer.mixer, budget_percent=percent)
+    spec = random_spec(3, 2, 32, [None], key_summaries=True)
+    own = replace(spec, layers=(replace(layer, mixer=mixer),))
+    checkpoint = RandomCheckpoint(spec)
+    length = 32 * 24 + 5
+    tokens, steps = [random_tokens(0, length)], [{0: 700}, {0: length - 701}, {0: 1}]
+    budgets = np.array([MIN_BUDGET_BLOCKS, 0, 22, 10], np.int32)[np.arange(length) % 4]
+    of_layer = {50: {10: 9, 22: 11, 9: 9, 0: 0}, 250: {10: 25, 22: 55, 9: 22, 0: 0}}[percent]
+    expected = compute(own, RoundingReference(own, checkpoint), tokens, steps, budgets)[0]
+    actual = compute(own, random_cpu_backend(own, checkpoint, 2), tokens, steps, budgets)[0]
+    assert np.abs(actual - expected).max() < TOLERANCE
+    scaled = np.vectorize(of_layer.get)(budgets).astype(np.int32)
+    alike = compute(spec, random_cpu_backend(spec, checkpoint, 2), tokens, steps, scaled)[0]
+    np.testing.assert_array_equal(actual, alike)
 
 
 def test_windows_are_read_whole() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -100,9 +102,9 @@ def scattered(seed: int, num_blocks: int = NUM_BLOCKS) -> NDArray[np.int64]:
     return np.random.default_rng(seed).permutation(num_blocks)
 
 
-def cpu(num_threads: int = 2, max_model_len: int = LENGTH) -> CPUBackend:
+def cpu(num_threads: int = 2, max_model_len: int = LENGTH, spec: ModelSpec = SPEC) -> CPUBackend:
     """For two texts at a time, and so with rows for the superblocks of two."""
-    backend = random_cpu_backend(SPEC, CHECKPOINT, num_threads)
+    backend = random_cpu_backend(spec, CHECKPOINT, num_threads)
     backend._native.allocate(
         max_tokens=2048,
         max_seqs=2,
@@ -159,6 +161,19 @@ def test_the_best_superblocks_are_the_references(
     )
     all_scored = computed(Unread(SPEC, CHECKPOINT), 0, [ANSWER])
     assert np.abs(alone[0] - all_scored).max() > 10 * TOLERANCE, "all blocks were scored"
+
+
+def test_a_layer_that_reads_less_asks_superblocks_first() -> None:
+    """Though there are not enough of them for the budget that it has a share of."""
+    (layer,) = SPEC.layers
+    half = replace(SPEC, layers=(replace(layer, mixer=replace(layer.mixer, budget_percent=50)),))
+    logits = []
+    for spec, budget in ((SPEC, 150), (half, 300)):
+        sequences = Sequences(cpu(spec=spec), spec, NUM_BLOCKS)
+        sequences.start(0, scattered(0))
+        sequences.prefill(0)
+        logits.append(sequences.step({0: ANSWER}, budget)[0])
+    np.testing.assert_array_equal(*logits)
 
 
 @pytest.mark.usefixtures("isa")

@@ -10,7 +10,9 @@ from context_results import cell, result
 
 from tael.config import MODES, EngineConfig
 from tael.errors import TaelError
-from tael.evals.context.calibrate import LADDER, calibration
+from tael.evals.context.calibrate import calibration, ladder
+from tael.evals.context.focus import best_layers
+from tael.evals.context.modes import parse_mode
 from tael.evals.context.suite import Result
 from tael.loader import modes
 from tael.loader.modes import (
@@ -34,7 +36,7 @@ FOUND = Calibration(
     candidates=(
         Measured({"kv_format": "q8"}, -0.01),
         Measured({"kv_format": "k8v4"}, -0.03),
-        Measured({"kv_format": "k8v4", "kv_budget": 2048}, -0.08),
+        Measured({"kv_format": "k8v4", "kv_budget": 2048, "kv_focus": (9, 11)}, -0.08),
         Measured({"kv_format": "k8v4", "kv_budget": 1024}, -0.01),
     ),
 )
@@ -130,7 +132,24 @@ def test_lengths_at_which_the_exact_model_tells_nothing_are_refused() -> None:
         calibration(made, "d")
 
 
-def test_the_ladder_can_be_run() -> None:
-    configs = [mode.config(EngineConfig()) for mode in LADDER]
-    assert len({repr(config) for config in configs}) == len(LADDER)
+@pytest.mark.parametrize("focus", [(), (9, 11)])
+def test_the_ladder_can_be_run(focus: tuple[int, ...]) -> None:
+    configs = [mode.config(EngineConfig()) for mode in ladder(focus)]
+    assert len({repr(config) for config in configs}) == len(configs)
     assert configs[-1].reads_sparsely and not configs[0].reads_sparsely
+    assert [config.kv_focus for config in configs] == [(), focus, focus, focus]
+
+
+def test_layers_are_chosen_by_what_they_gain() -> None:
+    gains = {0: -0.1, 1: 0.02, 2: 0.5, 3: 0.11, 4: 0.3}
+    assert best_layers(gains, lost=1.0, most=2) == (2, 4)
+    assert best_layers(gains, lost=1.0, most=4) == (2, 3, 4), "of 0.02 nothing is known"
+    assert best_layers(gains, lost=-1.0, most=9) == (1, 2, 3, 4), "one that loses is not"
+    assert best_layers(gains, lost=9.0, most=9) == ()
+
+
+def test_a_mode_names_layers() -> None:
+    assert parse_mode("a=kv_budget:2048,kv_focus:9+11").settings["kv_focus"] == (9, 11)
+    for text in ("9,11", "9-11", "+", ""):
+        with pytest.raises(TaelError, match=r"numbers with \+|cannot read|no setting"):
+            parse_mode(f"a=kv_focus:{text}")

@@ -153,6 +153,7 @@ class CPUBackend:
                 "rope": self._rope(mixer),
                 "kv_format": mixer.kv_format,
                 "key_summaries": mixer.key_summaries,
+                "budget_percent": mixer.budget_percent,
                 **place,
                 **{role: self._matrix(f"{prefix}{role}_proj.weight") for role in "qkvo"},
                 **{f"{role}_bias": self._vector(f"{prefix}{role}_proj.bias") for role in "qkvo"},

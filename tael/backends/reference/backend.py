@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tael.backends.base import ForwardBatch, HeadOutput, TieredBlocks
-from tael.backends.reference.block_selection import chosen_blocks
+from tael.backends.reference.block_selection import chosen_blocks, layer_budgets
 from tael.backends.reference.head import head_output
 from tael.backends.reference.kv_cache import KVCache
 from tael.backends.reference.layers import (
@@ -112,7 +112,8 @@ class ReferenceBackend:
             blocks = batch.positions[tokens] // BLOCK_SIZE
             budgets = np.zeros(len(tokens), np.int32)
             if batch.kv_budgets is not None and mixer.window is None:
-                budgets = np.where(blocks < batch.kv_budgets[tokens], 0, batch.kv_budgets[tokens])
+                budgets = layer_budgets(batch.kv_budgets[tokens], mixer.budget_percent)
+                budgets = np.where(blocks < budgets, 0, budgets)
             for block in np.unique(blocks):
                 own = tokens[(blocks == block) & (budgets == 0)]
                 if len(own):

@@ -7,11 +7,18 @@ from numpy.typing import NDArray
 
 from tael.backends.reference.layers import Float32
 from tael.config import (
+    MIN_BUDGET_BLOCKS,
     MIN_SCORED_SUPERBLOCKS,
     NUM_RECENT_BLOCKS,
     NUM_SINK_BLOCKS,
     SUPERBLOCK_BLOCKS,
 )
+
+
+def layer_budgets(budgets: NDArray[np.int32], percent: int) -> NDArray[np.int32]:
+    """Of KV budgets in blocks, what a layer with ``percent`` of them reads. 0 stays: all."""
+    own: NDArray[np.int32] = np.maximum(MIN_BUDGET_BLOCKS, budgets * percent // 100)
+    return np.where(budgets > 0, own, 0).astype(np.int32)
 
 
 def chosen_blocks(q: Float32, least: Float32, largest: Float32, budget: int) -> NDArray[np.int64]:

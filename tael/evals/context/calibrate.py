@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tael.errors import TaelError
-from tael.evals.context.modes import EXACT, Mode
+from tael.evals.context.modes import EXACT, Mode, Value
 from tael.evals.context.report import scores
 from tael.evals.context.statistics import retention
 from tael.evals.context.suite import Result
@@ -12,18 +12,28 @@ from tael.loader.modes import VERSION, Calibration, Measured
 BUDGET = 2048
 """Tokens of context that a query reads of a KV head."""
 
-LADDER: tuple[Mode, ...] = (
-    Mode("q8", {"kv_format": "q8"}),
-    Mode("q8, sparse answer", {"kv_format": "q8", "kv_budget": BUDGET}),
-    Mode("q8, sparse", {"kv_format": "q8", "kv_budget": BUDGET, "prefill_budget": BUDGET}),
-    Mode("k8v4, sparse", {"kv_format": "k8v4", "kv_budget": BUDGET, "prefill_budget": BUDGET}),
-)
-"""Each gives up more than the one before."""
+PREFILL_BUDGET = 4096
+"""The same of the prompt, whose every token leaves what it overlooked to all after it."""
+
+
+def ladder(focus: tuple[int, ...]) -> tuple[Mode, ...]:
+    """The candidates, each of which gives up more than the one before. The layers ``focus`` read
+    more than the others where there is a budget."""
+    answer: dict[str, Value] = {"kv_budget": BUDGET}
+    if focus:
+        answer["kv_focus"] = focus
+    both = answer | {"prefill_budget": PREFILL_BUDGET}
+    return (
+        Mode("q8", {"kv_format": "q8"}),
+        Mode("q8, sparse answer", {"kv_format": "q8", **answer}),
+        Mode("q8, sparse", {"kv_format": "q8", **both}),
+        Mode("k8v4, sparse", {"kv_format": "k8v4", **both}),
+    )
 
 
 def calibration(result: Result, digest: str) -> Calibration:
-    """Of a run of the suite with the modes of LADDER. A mode that failed at some length has lost
-    all. Raises TaelError for a length at which the exact model tells nothing."""
+    """Of a run of the suite with the modes of ``ladder``. A mode that failed at some length has
+    lost all. Raises TaelError for a length at which the exact model tells nothing."""
     lengths = sorted(result.samples)
     for length in lengths:
         if not result.passed(length):

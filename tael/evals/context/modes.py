@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from tael.config import EngineConfig
 from tael.errors import TaelError
@@ -25,10 +27,13 @@ NOT_A_MODE = {
 """Settings that the suite makes the same for all modes."""
 
 
+Value: TypeAlias = str | int | bool | tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Mode:
     name: str
-    settings: dict[str, str | int | bool] = field(default_factory=dict)
+    settings: dict[str, Value] = field(default_factory=dict)
     """Fields of ``EngineConfig``."""
 
     def config(self, base: EngineConfig) -> EngineConfig:
@@ -64,12 +69,15 @@ def parse_mode(text: str) -> Mode:
     return Mode(name, settings)
 
 
-def _value(setting: str, text: str, kind: str) -> str | int | bool:
+def _value(setting: str, text: str, kind: str) -> Value:
     if kind == "bool" and text in ("on", "off"):
         return text == "on"
     if kind.startswith("int") and text.isdecimal():
         return int(text)
     if kind.startswith("str") and text:
         return text
-    wanted = {"bool": "on or off"}.get(kind, "a number" if kind.startswith("int") else "a name")
-    raise TaelError(f"{setting}:{text} is no setting of a mode; give {wanted}.")
+    if kind.startswith("tuple") and all(part.isdecimal() for part in text.split("+")):
+        return tuple(map(int, text.split("+")))
+    wanted = {"bool": "on or off", "int": "a number", "tuple": "numbers with + between them"}
+    kind = re.split(r"\W", kind)[0]
+    raise TaelError(f"{setting}:{text} is no setting of a mode; give {wanted.get(kind, 'a name')}.")
