@@ -6,14 +6,16 @@ result, a failure, instead of the end of the run.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from statistics import fmean
+from threading import Thread
 from typing import TypeAlias
 
 import numpy as np
@@ -142,13 +144,27 @@ class _Job:
 
 
 def _run_isolated(job: _Job) -> Cell:
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
+    with ProcessPoolExecutor(
+        1, mp_context=get_context("spawn"), initializer=_end_with_parent
+    ) as executor:
         try:
             return executor.submit(_run, job).result()
         except (TaelError, MemoryError, OSError) as error:
             return _failure(job, str(error) or "there is not enough memory")
         except BrokenProcessPool:
             return _failure(job, "the process was ended from outside, for its memory perhaps")
+
+
+def _end_with_parent() -> None:
+    """A cell computes for minutes; nobody waits for it any more when this process was killed."""
+    parent = parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=wait, daemon=True).start()
 
 
 def _failure(job: _Job, error: str) -> Cell:
