@@ -320,6 +320,8 @@ def with_kv_focus(spec: ModelSpec, focus: Sequence[int]) -> ModelSpec:
     """The model with ``FOCUS_PERCENT`` of KV budgets in the layers ``focus``, and in the others of
     full attention so much less that together they read no more. Raises TaelError if there are no
     such layers or they would leave too little."""
+    if not focus:
+        return spec
     full = [i for i, layer in enumerate(spec.layers) if layer.mixer.window is None]
     others = [i for i in full if i not in focus]
     if unknown := set(focus) - set(full):
@@ -327,15 +329,14 @@ def with_kv_focus(spec: ModelSpec, focus: Sequence[int]) -> ModelSpec:
             f"layer {min(unknown)} cannot read more of the context: it is none of this model, or "
             "one with a window; leave it out."
         )
-    left = 100 * len(full) - FOCUS_PERCENT * (len(full) - len(others))
-    if focus and left < 50 * len(others):
+    num_focused = len(full) - len(others)
+    left = 100 * len(full) - FOCUS_PERCENT * num_focused
+    if left < 50 * len(others):
         raise TaelError(
-            f"{len(full) - len(others)} layers that read more leave the others less than half of "
-            "the KV budget; name fewer."
+            f"{num_focused} layers that read more leave the others less than half of the KV "
+            "budget; name fewer."
         )
-    percents = dict.fromkeys(focus, FOCUS_PERCENT)
-    if focus:
-        percents |= dict.fromkeys(others, left // len(others))
+    percents = dict.fromkeys(focus, FOCUS_PERCENT) | dict.fromkeys(others, left // len(others))
     layers = [
         replace(layer, mixer=replace(layer.mixer, budget_percent=percents.get(i, 100)))
         for i, layer in enumerate(spec.layers)
