@@ -16,7 +16,7 @@ struct Avx2 {
   using X = __m256i;
 
   // Of 16 registers, two to each accumulator.
-  static constexpr int kPanelTiles = 1, kPanelTokens = 3, kTileTokens = 2;
+  static constexpr int kPanelTiles = 1, kPanelTokens = 3, kTileTokens = 2, kTilePacks = 1;
   static constexpr bool kIdleUnits = false;  // beside dot products
   static constexpr int kAttentionRows = 2;
 

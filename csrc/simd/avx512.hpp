@@ -16,7 +16,8 @@ struct Avx512 {
   using X = __m512i;
 
   // 24 accumulators, integer and float, of 32 registers; one broadcast serves two dot products.
-  static constexpr int kPanelTiles = 2, kPanelTokens = 6, kTileTokens = 6;
+  // To unpack tiles for each of 8 packs took 2 to 14% less than a panel, for two packs 35 to 55% less (Zen 4).
+  static constexpr int kPanelTiles = 2, kPanelTokens = 6, kTileTokens = 6, kTilePacks = 8;
   static constexpr bool kIdleUnits = true;  // beside dot products
   static constexpr int kAttentionRows = 8;
 

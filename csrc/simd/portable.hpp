@@ -18,8 +18,8 @@ struct Portable {
   struct X { int8_t v[4]; };
 
   // Shape of the matmul kernels: tiles and tokens of the innermost loop over unpacked weights, and
-  // tokens where a tile is unpacked on the way.
-  static constexpr int kPanelTiles = 1, kPanelTokens = 2, kTileTokens = 2;
+  // tokens where a tile is unpacked on the way, which is faster up to this number of packs.
+  static constexpr int kPanelTiles = 1, kPanelTokens = 2, kTileTokens = 2, kTilePacks = 1;
   static constexpr bool kIdleUnits = false;  // beside dot products
   static constexpr int kAttentionRows = 2;  // that share what is read of K and V
 

@@ -4,9 +4,9 @@
 // multiply-add each (and one for a minimum), whatever the number of tokens: a token's result does
 // not depend on its batch. Integer parts are exact, so their order is free.
 //
-// Up to one pack of tokens takes its weights from the tile as it unpacks them; more tokens take
-// them from a panel, for which a piece of a few tiles has been unpacked once: scales and minimums, and the
-// values if that is worth it.
+// Few packs of tokens take their weights from the tile as they unpack them, one pack after the other while the
+// tile is in the cache; more tokens take them from a panel, for which a piece of a few tiles has been unpacked
+// once: scales and minimums, and the values if that is worth it.
 #pragma once
 
 #include "common/unrolled.hpp"
@@ -96,9 +96,10 @@ template <class S, class W, int kTiles, int kTokens>
 inline __attribute__((always_inline)) void add_group(const W* const (&w)[kTiles], int g, const uint8_t* x,
                                                      int pack_tokens, int first,
                                                      typename S::F (&acc)[kTiles][kTokens]) {
+  // Lambdas that are not inlined keep the accumulators in memory.
   const int8_t* values = (const int8_t*)x + first * kGroupColumns;
   const QuantizedGroup* info = (const QuantizedGroup*)(x + pack_tokens * kGroupColumns) + first;
-  unrolled([&](auto part) {
+  unrolled([&](auto part) __attribute__((always_inline)) {
     constexpr int kSteps = W::kSub / 4, kParts = kGroupColumns / W::kSub;
     typename S::I dot[kTiles][kTokens];
     for (int m = 0; m < kTokens; ++m) {
@@ -107,7 +108,7 @@ inline __attribute__((always_inline)) void add_group(const W* const (&w)[kTiles]
                       : S::splat_int(info[m].sums[part]));
       for (int t = 0; t < kTiles; ++t) dot[t][m] = start;
     }
-    unrolled([&](auto i) {
+    unrolled([&](auto i) __attribute__((always_inline)) {
       constexpr int step = decltype(part)::value * kSteps + decltype(i)::value;
       typename S::B weights[kTiles];
       for (int t = 0; t < kTiles; ++t) weights[t] = w[t]->template values<step>(g);
@@ -131,8 +132,8 @@ inline __attribute__((always_inline)) void add_group(const W* const (&w)[kTiles]
   }, std::make_integer_sequence<int, kGroupColumns / W::kSub>{});
 }
 
-// One tile times the tokens of one pack.
-template <class S, class T, int kTokens>
+// One tile times the tokens of one pack, of which the first fetches what lies behind the tile.
+template <class S, class T, int kTokens, bool fetch>
 void tile_times_pack(const uint8_t* tile, int64_t num_groups, const uint8_t* x, int pack_tokens, int first,
                      float* out, int64_t out_stride) {
   typename S::F acc[1][kTokens];
@@ -141,7 +142,7 @@ void tile_times_pack(const uint8_t* tile, int64_t num_groups, const uint8_t* x, 
     const T block(tile);
     const T* const blocks[1] = {&block};
     for (int g = 0; g < T::kGroups; ++g, x += pack_tokens * kGroupBytes) {
-      for (int i = 0; i < T::kBlockBytes / T::kGroups; i += 64)
+      for (int i = 0; fetch && i < T::kBlockBytes / T::kGroups; i += 64)
         prefetch(tile + g * (T::kBlockBytes / T::kGroups) + i + kPrefetchBytes);
       add_group<S, T, 1, kTokens>(blocks, g, x, pack_tokens, first, acc);
     }
@@ -222,12 +223,19 @@ template <class S, class T>
 void quantized_matmul(const uint8_t* tiles, int64_t stride, int64_t first_tile, int64_t last_tile,
                       const QuantizedRows& x, float* out, int64_t out_stride) {
   int64_t t = first_tile;
-  if (x.num_packs() == 1) {
-    const int n = x.pack_tokens(0);
-    for (; t < last_tile; ++t, out += kTileRows)
-      split_pack<S::kTileTokens>(n, [&](int first, auto count) {
-        tile_times_pack<S, T, count>(tiles + t * stride, x.num_groups, x.pack(0), n, first, out, out_stride);
-      });
+  const int64_t num_packs = x.num_packs();
+  if (num_packs <= S::kTilePacks) {
+    for (; t < last_tile; ++t, out += kTileRows) {
+      const auto times_pack = [&](int64_t p, auto fetch) __attribute__((always_inline)) {
+        const int n = x.pack_tokens(p);
+        split_pack<S::kTileTokens>(n, [&](int first, auto count) {
+          tile_times_pack<S, T, count, fetch>(tiles + t * stride, x.num_groups, x.pack(p), n, first,
+                                              out + p * x.pack_size * out_stride, out_stride);
+        });
+      };
+      times_pack(0, std::true_type{});
+      for (int64_t p = 1; p < num_packs; ++p) times_pack(p, std::false_type{});
+    }
     return;
   }
   for (; t + S::kPanelTiles <= last_tile; t += S::kPanelTiles, out += S::kPanelTiles * kTileRows)
