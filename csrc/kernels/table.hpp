@@ -17,7 +17,8 @@ template <class S> void set_attention(Kernels& k) {
   k.attention_partition = AttentionKernel<S>::partition;
   k.attention_merge = AttentionKernel<S>::merge;
   k.attention_finish = AttentionKernel<S>::finish;
-  k.score_blocks = score_blocks<S>;
+  k.score_bounds = score_bounds<S>;
+  k.score_pieces = score_pieces<S>;
   k.to_bf16 = to_bf16<S>;
 }
 

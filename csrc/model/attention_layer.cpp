@@ -67,8 +67,8 @@ void AttentionLayer::attend(const Step& step, const LinearInput& x, const RopeTa
     step.pool.parallel_for(step.thread, int64_t(missing.size()) * num_kv_heads, [&](int64_t item) {
       const Superblocks::Missing& superblock = missing[item / num_kv_heads];
       const int kv_head = int(item % num_kv_heads);
-      merge_summaries(superblock.blocks, kSuperblockBlocks, summaries_.head(0, kv_head), summaries_.block_bytes,
-                      config_.shape.head_dim, (uint16_t*)rows.head(superblock.row, kv_head));
+      merge_bounds(superblock.blocks, kSuperblockBlocks, summaries_.head(0, kv_head), summaries_.block_bytes,
+                   config_.shape.head_dim, (uint16_t*)rows.head(superblock.row, kv_head));
     });
   }
   const int next_heads = next ? next->layer->config_.shape.num_kv_heads : 0;
@@ -154,11 +154,16 @@ AttentionTask AttentionLayer::select(const Step& step, const AttentionTask& task
   if (num_scored > 0) {
     AttentionTask candidates = task;
     candidates.block_table = selection.candidates.data();
-    const int num_candidates = find_candidates(step, task, seq, budget, first, last, selection);
-    step.kernels.score_blocks(candidates, summaries_.head(0, task.kv_head), summaries_.block_bytes, num_candidates,
-                              selection.scores.data());
-    selection.find_best(num_candidates, num_scored);
-    for (int i = 0; i < num_scored; ++i) *end++ = selection.candidates.data()[selection.best.data()[i]];
+    const uint8_t* const summaries = summaries_.head(0, task.kv_head);
+    int num_candidates = find_candidates(step, task, seq, budget, first, last, selection);
+    if (num_candidates > kCandidates * num_scored) {
+      step.kernels.score_bounds(candidates, summaries, summaries_.block_bytes, num_candidates, selection.scores.data());
+      selection.keep_best(num_candidates, kCandidates * num_scored);
+      num_candidates = kCandidates * num_scored;
+    }
+    step.kernels.score_pieces(candidates, summaries, summaries_.block_bytes, num_candidates, selection.scores.data());
+    selection.keep_best(num_candidates, num_scored);
+    end = std::copy_n(selection.candidates.data(), num_scored, end);
   }
   end = std::copy_n(task.block_table + last, kRecentBlocks, end);
   AttentionTask chosen = task;
@@ -183,7 +188,7 @@ int AttentionLayer::find_candidates(const Step& step, const AttentionTask& task,
     AttentionTask superblocks = task;
     superblocks.block_table = superblocks_->rows(seq);
     const KVPool rows = superblocks_->pool(config_.first_head);
-    step.kernels.score_blocks(superblocks, rows.head(0, task.kv_head), rows.block_bytes, num_superblocks,
+    step.kernels.score_bounds(superblocks, rows.head(0, task.kv_head), rows.block_bytes, num_superblocks,
                               selection.scores.data());
     selection.find_best(num_superblocks, most);
     for (int i = 0; i < most; ++i) {
@@ -304,7 +309,7 @@ void AttentionLayer::complete_block(const Step& step, int32_t seq, int32_t block
   const int32_t own = step.batch.block_tables[config_.cache_group].row(seq)[block];
   const uint16_t* open = open_keys(step.batch, seq, block, kv_head);
   const int head_dim = config_.shape.head_dim;
-  if (config_.key_summaries) summarize_keys(open, head_dim, (uint16_t*)summaries_.head(own, kv_head));
+  if (config_.key_summaries) summarize_keys(open, head_dim, summaries_.head(own, kv_head));
   if (!open_.data) return;
   const int32_t place = tiered_ ? tiered_->begin_store(config_.first_head + kv_head, own) : own;
   pack_head(config_.kv_format, open, head_dim, complete_head(place, kv_head));

@@ -24,4 +24,9 @@ void BlockSelection::find_best(int num, int count) {
   std::sort(first, first + count);
 }
 
+void BlockSelection::keep_best(int num, int count) {
+  find_best(num, count);
+  for (int i = 0; i < count; ++i) candidates.data()[i] = candidates.data()[best.data()[i]];
+}
+
 }  // namespace tael

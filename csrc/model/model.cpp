@@ -133,7 +133,7 @@ const Superblocks* Model::make_superblocks(int cache_group, int64_t num_blocks) 
     if (config.cache_group != cache_group) continue;
     selects |= config.key_summaries;
     num_heads = std::max(num_heads, config.first_head + config.shape.num_kv_heads);
-    bytes = std::max(bytes, summary_bytes(config.shape.head_dim));
+    bytes = std::max(bytes, bounds_bytes(config.shape.head_dim));
   }
   superblocks_.at(cache_group) = Superblocks(selects ? num_blocks : 0, limits_, num_heads, bytes);
   return &superblocks_[cache_group];

@@ -1,6 +1,6 @@
-// Key summaries of superblocks: of so many complete blocks of a sequence in a row, the least and the largest of
-// what their own summaries say. A query of a long context looks at these first, and then at the blocks of
-// the best of them only, so that its time hardly grows with the length.
+// Bounds of the keys of superblocks, which are so many complete blocks of a sequence in a row. A query of a long
+// context looks at these first, and then at the blocks of the best of them only, so that its time hardly grows
+// with the length.
 //
 // A superblock is known by its last block: as long as that keeps its content, it and the blocks before
 // it are the same text. There are rows for all superblocks that the sequences of a step can have, which

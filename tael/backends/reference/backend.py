@@ -148,13 +148,12 @@ class ReferenceBackend:
     ) -> Float32:
         """Queries [H, D] of one token over ``budget`` blocks, chosen for each KV head."""
         own = position // BLOCK_SIZE
-        least, largest = self.kv_cache.summaries(layer, table[:own])
+        summaries = self.kv_cache.summaries(layer, table[:own])
         grouped = q.reshape(mixer.num_kv_heads, -1, mixer.head_dim)
         mixed = []
         for head, queries in enumerate(grouped):
-            blocks = chosen_blocks(
-                self.scored(queries, mixer.scale), least[:, head], largest[:, head], budget
-            )
+            scored = self.scored(queries, mixer.scale)
+            blocks = chosen_blocks(scored, summaries.of_head(head), budget)
             seen = (blocks[:, None] * BLOCK_SIZE + np.arange(BLOCK_SIZE)).ravel()
             seen = np.append(seen, np.arange(own * BLOCK_SIZE, position + 1)).astype(np.int32)
             keys, values = self.kv_cache.read(layer, table, seen, own)

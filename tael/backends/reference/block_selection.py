@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from tael.backends.reference.key_summary import NUM_PIECES, KeySummaries
 from tael.backends.reference.layers import Float32
 from tael.config import (
     MIN_BUDGET_BLOCKS,
@@ -21,14 +22,16 @@ def layer_budgets(budgets: NDArray[np.int32], percent: int) -> NDArray[np.int32]
     return np.where(budgets > 0, own, 0).astype(np.int32)
 
 
-def chosen_blocks(q: Float32, least: Float32, largest: Float32, budget: int) -> NDArray[np.int64]:
+def chosen_blocks(q: Float32, summaries: KeySummaries, budget: int) -> NDArray[np.int64]:
     """``budget`` - 1 of a sequence's complete blocks, ascending, for the query heads ``q`` [H, D]
-    that share a KV head. ``least`` and ``largest`` [num_blocks, D] are of the keys of each block.
+    that share a KV head. ``summaries`` are of that head.
 
-    The first and the last few, and those whose keys can score highest with any of the heads
-    (Quest, arXiv:2406.10774); of equal ones the earliest. Where there are many superblocks, these
-    are of the best of them, or behind the last.
+    The first and the last few, and those whose keys can score highest with any of the heads (Quest,
+    arXiv:2406.10774): twice as many by the bounds of a block, and half of these by the bounds of
+    their pieces; of equal ones the earliest. Where there are many superblocks, these are of the
+    best of them, or behind the last.
     """
+    least, largest = summaries.least, summaries.largest
     num_blocks = len(least)
     recent = np.arange(num_blocks - NUM_RECENT_BLOCKS, num_blocks)
     between = np.arange(NUM_SINK_BLOCKS, num_blocks - NUM_RECENT_BLOCKS)
@@ -42,10 +45,18 @@ def chosen_blocks(q: Float32, least: Float32, largest: Float32, budget: int) -> 
         )
         left_out = np.argsort(-scores, kind="stable")[most:]
         between = between[~np.isin(between // SUPERBLOCK_BLOCKS, left_out)]
-    best = np.argsort(-_scores(q, least[between], largest[between]), kind="stable")
     num_scored = budget - 1 - NUM_SINK_BLOCKS - NUM_RECENT_BLOCKS
-    chosen = np.sort(between[best[:num_scored]])
+    between = _best(between, _scores(q, least[between], largest[between]), 2 * num_scored)
+    of_pieces = [
+        _scores(q, summaries.piece_least[between, p], summaries.piece_largest[between, p])
+        for p in range(NUM_PIECES)
+    ]
+    chosen = _best(between, np.max(of_pieces, axis=0), num_scored)
     return np.concatenate([np.arange(NUM_SINK_BLOCKS), chosen, recent])
+
+
+def _best(blocks: NDArray[np.int64], scores: Float32, num: int) -> NDArray[np.int64]:
+    return np.sort(blocks[np.argsort(-scores, kind="stable")[:num]])
 
 
 def _scores(q: Float32, least: Float32, largest: Float32) -> Float32:

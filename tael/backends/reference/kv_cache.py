@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from tael.backends.reference.key_summary import KeySummaries, summarize_keys
 from tael.backends.reference.kv_format import decoded
 from tael.backends.reference.layers import Float32
 from tael.config import BLOCK_SIZE
@@ -50,10 +51,8 @@ class KVCache:
         kv[own] = self._layers[layer][blocks[own], :, slots[own]]
         return kv[:, 0], kv[:, 1]
 
-    def summaries(self, layer: int, blocks: Int32) -> tuple[Float32, Float32]:
-        """The least and the largest key of every channel, [len(blocks), num_kv_heads, head_dim]."""
-        keys = self._layers[layer][blocks, 0]
-        return keys.min(axis=1), keys.max(axis=1)
+    def summaries(self, layer: int, blocks: Int32) -> KeySummaries:
+        return summarize_keys(self._layers[layer][blocks, 0])
 
     def _read_back(self, layer: int, block: Float32) -> Float32:
         return decoded(self._formats[layer], block)
