@@ -17,6 +17,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks import machine
+from tael.evals.context.calibrate import BUDGET, PREFILL_BUDGET
 from tael.evals.speed import Workload, measure
 from tael.llm import LLM
 
@@ -24,8 +25,8 @@ MODES: dict[str, dict[str, Any]] = {
     "exact": {},
     "q8": {"kv_format": "q8"},
     "k8v4": {"kv_format": "k8v4"},
-    "sparse": {"kv_budget": 2048, "prefill_budget": 2048},
-    "q8-sparse": {"kv_format": "q8", "kv_budget": 2048, "prefill_budget": 2048},
+    "sparse": {"kv_budget": BUDGET, "prefill_budget": PREFILL_BUDGET},
+    "q8-sparse": {"kv_format": "q8", "kv_budget": BUDGET, "prefill_budget": PREFILL_BUDGET},
 }
 NUM_DECODE_TOKENS = 64
 

@@ -17,12 +17,13 @@ from pathlib import Path
 
 from benchmarks import machine, peers
 from benchmarks.compare import TaelRunner, compare, fastest, median_ratio
+from tael.evals.context.calibrate import PREFILL_BUDGET
 from tael.evals.speed import Workload
 from tael.llm import LLM
 from tael.loader.sources import resolve
 
 RESULTS = Path(__file__).with_name("results") / "long-prefill.json"
-SPARSE = "tael, 2,048 tokens read"
+SPARSE = f"tael, {PREFILL_BUDGET:,} tokens read"
 
 
 def main() -> None:
@@ -44,7 +45,7 @@ def main() -> None:
     with ExitStack() as stack:
         exact = stack.enter_context(LLM(str(path), num_threads=args.threads))
         sparse = stack.enter_context(
-            LLM(str(path), num_threads=args.threads, kv_budget=2048, prefill_budget=2048)
+            LLM(str(path), num_threads=args.threads, prefill_budget=PREFILL_BUDGET)
         )
         candidates: dict[str, list[peers.Runner]] = {
             "tael": [TaelRunner(exact, workload)],
