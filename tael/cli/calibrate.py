@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from tael.cli.common import TransferBar
 from tael.errors import TaelError
 
 if TYPE_CHECKING:
+    from tael.evals.context.suite import Settings
     from tael.loader.modes import Setting
 
 NUM_FOCUS_QUESTIONS = 8
@@ -23,9 +24,16 @@ NUM_FOCUS_QUESTIONS = 8
 @click.command("calibrate")
 @click.argument("model")
 @sample_options(lengths="4K,8K", tasks="those of retrieval", num_samples=2, num_questions=50)
+@click.option(
+    "--focus",
+    is_flag=True,
+    help="First look for layers that need to read more of a context than others (--kv-focus): as "
+    "many runs as the model has layers.",
+)
 @report_options
 def command(
     model: str,
+    focus: bool,
     lengths: tuple[int, ...],
     tasks: str | None,
     samples: int,
@@ -35,15 +43,13 @@ def command(
     json_path: Path | None,
     plot: Path | None,
 ) -> None:
-    """Measure which layers need more of a context than others and what KV formats and reading
-    budgets lose on this model, and choose the settings of --mode balanced (less than 2 points of
-    the exact score, at 95%) and frugal (5 points)."""
+    """Measure what KV formats and reading budgets lose on this model, and choose the settings of
+    --mode balanced (less than 2 points of the exact score, at 95%) and frugal (5 points)."""
     from tael.config import EngineConfig
     from tael.evals.context.calibrate import calibration, ladder
-    from tael.evals.context.focus import find_focus
     from tael.evals.context.report import Slo
     from tael.evals.context.suite import Settings, run_suite
-    from tael.evals.context.tasks import TASKS, make_samples, parse_tasks
+    from tael.evals.context.tasks import TASKS, parse_tasks
     from tael.evals.context.texts import fetch_texts
     from tael.loader.modes import MARGINS, save_calibration
     from tael.loader.prepared import load_prepared
@@ -65,28 +71,14 @@ def command(
         path = resolve(model, progress=progress)
         fetch_texts(progress)
     # First what the model can do at all, so that no mode is asked for the rest.
-    shortest = min(lengths)
-    first = replace(settings, lengths=(shortest,))
+    first = replace(settings, lengths=(min(lengths),))
     counted = run_suite(first, show=show_cell).counted
     if not counted:
         raise TaelError(
             f"{Path(model).name} answers too few of these questions to show what a mode loses."
         )
-    tokenizer = load_prepared(path).tokenizer
-    few = {
-        task: make_samples(
-            tokenizer,
-            task,
-            shortest,
-            num_samples=1,
-            num_questions=min(questions, NUM_FOCUS_QUESTIONS),
-            seed=seed,
-        )
-        for task in counted
-    }
-    config = replace(settings.config, max_model_len=shortest)
-    focus = find_focus(path, config, few, show=_show_gain)
-    result = run_suite(replace(settings, modes=ladder(focus), tasks=counted), show=show_cell)
+    layers = _find_focus(path, first, counted) if focus else ()
+    result = run_suite(replace(settings, modes=ladder(layers), tasks=counted), show=show_cell)
     write_reports(result, Slo(), json_path, plot)
     found = calibration(result, load_prepared(path).weights.digest)
     click.echo(
@@ -99,6 +91,29 @@ def command(
     for name in MARGINS:
         click.echo(f"--mode {name}: {_text(found.mode(name).settings)}")
     click.echo(f"written to {save_calibration(found)}")
+
+
+def _find_focus(path: Path, first: Settings, tasks: Sequence[str]) -> tuple[int, ...]:
+    """``first`` is of one length."""
+    from tael.evals.context.focus import find_focus
+    from tael.evals.context.tasks import make_samples
+    from tael.loader.prepared import load_prepared
+
+    tokenizer = load_prepared(path).tokenizer
+    [length] = first.lengths
+    few = {
+        task: make_samples(
+            tokenizer,
+            task,
+            length,
+            num_samples=1,
+            num_questions=min(first.num_questions, NUM_FOCUS_QUESTIONS),
+            seed=first.seed,
+        )
+        for task in tasks
+    }
+    config = replace(first.config, max_model_len=length)
+    return find_focus(path, config, few, _show_gain)
 
 
 def _show_gain(name: str, nats: float) -> None:

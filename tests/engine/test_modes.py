@@ -25,9 +25,10 @@ def test_calibrate(
         LLM(str(path), mode="frugal")
     arguments = [str(path), "--lengths", "1K", "--tasks", "needle_digits,variables_4"]
     result = CliRunner().invoke(
-        main, ["calibrate", *arguments, "--samples", "1", "--questions", "2"]
+        main, ["calibrate", *arguments, "--samples", "1", "--questions", "2", "--focus"]
     )
     assert result.exit_code == 0, result.output
+    assert result.output.count("nats a token") == 30 + 1  # its layers, and all that is lost
     found = find_calibration(load_prepared(path).weights.digest)
     assert found is not None and found.tasks == ("needle_digits",) and found.num_questions == 2
     # Two questions can show no more than that less than most is lost.
