@@ -29,6 +29,7 @@ MODES: dict[str, dict[str, Any]] = {
     "q8-sparse": {"kv_format": "q8", "kv_budget": BUDGET, "prefill_budget": PREFILL_BUDGET},
 }
 NUM_DECODE_TOKENS = 64
+RESULTS = Path(__file__).with_name("results") / "long-context.json"
 
 
 def measure_mode(model: str, settings: dict[str, Any], depths: list[int], rounds: int) -> Any:
@@ -67,15 +68,14 @@ def main() -> None:
     parser.add_argument("--modes", default=",".join(MODES))
     parser.add_argument("--depths", default="1024,30720")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     depths = [int(depth) for depth in args.depths.split(",")]
     report: dict[str, Any] = {"model": args.model, **machine.stamp(), "modes": {}}
     for mode in args.modes.split(","):
         report["modes"][mode] = measure_mode(args.model, MODES[mode], depths, args.rounds)
         print(mode, json.dumps(report["modes"][mode]), flush=True)
-        if args.output:
-            args.output.write_text(json.dumps(report, indent=2) + "\n")
+        args.output.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":
