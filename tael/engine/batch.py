@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 from numpy.typing import NDArray
 
 from tael.backends.base import ForwardBatch
 from tael.cache.manager import RELEASED, CacheManager, Table
-from tael.config import BLOCK_SIZE, EngineConfig
+from tael.config import BLOCK_SIZE, NUM_QUESTION_TOKENS, EngineConfig
 from tael.engine.sampler import needs_full_logits, scaling_temperature
 from tael.engine.scheduler import ScheduledRequest
 
@@ -60,17 +62,23 @@ def _open_tables(
 
 
 def _kv_budgets(scheduled: list[ScheduledRequest], config: EngineConfig) -> NDArray[np.int32]:
-    """[num_tokens] blocks. Whether a token is of the prompt follows from its position, so what it
-    computes does too, also after a preemption."""
+    """[num_tokens] blocks, 0: all. They follow from a token's position and the length of the
+    prompt, so what it computes does too, also after a preemption."""
     of_prompt, of_answer = (
         (budget or 0) // BLOCK_SIZE for budget in (config.prefill_budget, config.kv_budget)
     )
     budgets: list[int] = []
     for entry in scheduled:
-        num_left = entry.request.num_prompt_tokens - entry.request.num_computed_tokens
-        num_of_prompt = min(max(num_left, 0), entry.num_scheduled_tokens)
-        budgets += [of_prompt] * num_of_prompt
-        budgets += [of_answer] * (entry.num_scheduled_tokens - num_of_prompt)
+        num_prompt_tokens = entry.request.num_prompt_tokens
+        first = entry.request.num_computed_tokens
+        counts = np.diff(
+            np.clip(
+                [0, num_prompt_tokens - NUM_QUESTION_TOKENS, num_prompt_tokens, sys.maxsize],
+                first,
+                first + entry.num_scheduled_tokens,
+            )
+        )
+        budgets += np.repeat([of_prompt, 0, of_answer], counts).tolist()
     return np.array(budgets, np.int32)
 
 

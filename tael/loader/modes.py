@@ -24,7 +24,7 @@ MARGINS = {"balanced": 0.02, "frugal": 0.05}
 
 SHIPPED = Path(__file__).parents[1] / "calibrations"
 
-VERSION = 1
+VERSION = 2
 """Of the calibrations that are valid: the next one when what a candidate reads has changed."""
 
 Setting = str | int | tuple[int, ...] | None

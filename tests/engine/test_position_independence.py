@@ -15,7 +15,13 @@ import pytest
 
 from tael.backends.base import HeadOutput
 from tael.backends.cpu.backend import CPUBackend
-from tael.config import BLOCK_SIZE, EngineConfig, SchedulerConfig
+from tael.config import (
+    BLOCK_SIZE,
+    MIN_BUDGET_BLOCKS,
+    NUM_QUESTION_TOKENS,
+    EngineConfig,
+    SchedulerConfig,
+)
 from tael.engine.engine import Engine, overhead_bytes
 from tael.loader.prepared import PreparedModel, load_prepared
 from tael.models.spec import TIERED_SLOT_BYTES, cache_groups, with_kv_focus, with_kv_format
@@ -130,6 +136,21 @@ def test_compressed_and_sparse(
     again = run(pieces, prompts[some])
     assert sum(result.usage.num_cached_tokens for result in again) > 0
     assert_equal(again, expected)
+
+
+def test_end_of_prompt(model: PreparedModel, prompts: list[list[int]]) -> None:
+    """What the budget does not cut is read whole, and so is what the last tokens read."""
+    budget = MIN_BUDGET_BLOCKS * BLOCK_SIZE
+    settings = {"prefill_budget": budget}
+    engine = make_engine(model, max_num_seqs=1, max_num_batched_tokens=100, settings=settings)
+    *_, prompt = prompts
+    whole = prompt[: budget + NUM_QUESTION_TOKENS]
+    cut = prompt[: budget + NUM_QUESTION_TOKENS + BLOCK_SIZE]
+    exact = make_engine(model, max_num_seqs=1, max_num_batched_tokens=100)
+    assert_equal(run(engine, [whole], salts=["0"]), run(exact, [whole], salts=["0"]))
+    [expected] = run(exact, [cut], salts=["1"])
+    [result] = run(engine, [cut], salts=["1"])
+    assert result.digests != expected.digests
 
 
 @pytest.mark.parametrize(
