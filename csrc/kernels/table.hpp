@@ -18,7 +18,7 @@ template <class S> void set_attention(Kernels& k) {
   k.attention_merge = AttentionKernel<S>::merge;
   k.attention_finish = AttentionKernel<S>::finish;
   k.score_bounds = score_bounds<S>;
-  k.score_pieces = score_pieces<S>;
+  k.score_codes = score_codes<S>;
   k.to_bf16 = to_bf16<S>;
 }
 

@@ -182,10 +182,11 @@ struct Kernels {
   void (*attention_partition)(const AttentionTask& task, int partition, float* states);
   // total = total merged with next.
   void (*attention_merge)(float* total, const float* next, int num_rows, int head_dim);
-  // For each of num_blocks entries of the task's block table, a bound of its queries' scores, and a closer one.
+  // For each of num_blocks entries of the task's block table, what its queries can be expected to score: by the bounds of its
+  // keys, and by their codes.
   void (*score_bounds)(const AttentionTask& task, const uint8_t* summaries, int64_t block_bytes, int num_blocks,
                        float* scores);
-  void (*score_pieces)(const AttentionTask& task, const uint8_t* summaries, int64_t block_bytes, int num_blocks,
+  void (*score_codes)(const AttentionTask& task, const uint8_t* summaries, int64_t block_bytes, int num_blocks,
                        float* scores);
   // out[head_dim] = values / sum, of one row.
   void (*attention_finish)(const float* state, int head_dim, float* out);

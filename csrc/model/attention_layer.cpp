@@ -161,7 +161,7 @@ AttentionTask AttentionLayer::select(const Step& step, const AttentionTask& task
       selection.keep_best(num_candidates, kCandidates * num_scored);
       num_candidates = kCandidates * num_scored;
     }
-    step.kernels.score_pieces(candidates, summaries, summaries_.block_bytes, num_candidates, selection.scores.data());
+    step.kernels.score_codes(candidates, summaries, summaries_.block_bytes, num_candidates, selection.scores.data());
     selection.keep_best(num_candidates, num_scored);
     end = std::copy_n(selection.candidates.data(), num_scored, end);
   }

@@ -19,9 +19,9 @@ constexpr int budget_of_layer(int budget, int percent) { return std::max(kMinBud
 // (in whole superblocks), and at least 32,768 tokens.
 constexpr int num_scored_superblocks(int budget) { return std::max(32, budget / 8); }
 
-// Blocks whose pieces are scored, for each that is read: those with the highest bounds. With Qwen2.5 0.5B behind 8K
-// tokens 4 and 8 choose no better.
-constexpr int kCandidates = 2;
+// Blocks whose codes are scored, for each that is read: those that the bounds prefer. With Qwen2.5 1.5B behind 32K
+// tokens 4 choose no better.
+constexpr int kCandidates = 3;
 
 // Room of one thread for the blocks of one query.
 struct BlockSelection {

@@ -72,17 +72,13 @@ struct Avx2 {
     const __m128 s2 = _mm_add_ps(s4, _mm_movehl_ps(s4, s4));
     return _mm_cvtss_f32(_mm_add_ss(s2, _mm_movehdup_ps(s2)));
   }
-  static float largest_sum(const F (&x)[4]) {
-    const auto sums = [](__m256 a, __m256 b, __m256 c, __m256 d) {
-      const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
-      const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
-      return _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
-    };
-    const __m256 s8 = _mm256_add_ps(sums(x[0].a, x[1].a, x[2].a, x[3].a), sums(x[0].b, x[1].b, x[2].b, x[3].b));
-    const __m128 s4 = _mm_add_ps(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));
+  static float largest_sum(const F* x) {
+    const __m128 s4 = across<Sum>(x);
     const __m128 m2 = _mm_max_ps(s4, _mm_movehl_ps(s4, s4));
     return _mm_cvtss_f32(_mm_max_ss(m2, _mm_movehdup_ps(m2)));
   }
+  static void store_sums(float* p, const F* x) { _mm_storeu_ps(p, across<Sum>(x)); }
+  static void store_maxima(float* p, const F* x) { _mm_storeu_ps(p, across<Max>(x)); }
   static float max_lane(F x) {
     const __m256 m8 = _mm256_max_ps(x.a, x.b);
     const __m128 m4 = _mm_max_ps(_mm256_castps256_ps128(m8), _mm256_extractf128_ps(m8, 1));
@@ -217,6 +213,27 @@ struct Avx2 {
   }
   static void store_bf16(uint16_t* p, F x) { _mm256_storeu_si256((__m256i*)p, round_to_bf16(x)); }
   static B to_bf16(F x, F y) { return {round_to_bf16(x), round_to_bf16(y)}; }
+
+ private:
+  struct Sum {
+    static __m256 of(__m256 x, __m256 y) { return _mm256_add_ps(x, y); }
+    static __m128 of(__m128 x, __m128 y) { return _mm_add_ps(x, y); }
+  };
+  struct Max {
+    static __m256 of(__m256 x, __m256 y) { return _mm256_max_ps(x, y); }
+    static __m128 of(__m128 x, __m128 y) { return _mm_max_ps(x, y); }
+  };
+  // The lanes of each of four combined into one.
+  template <class Op> static __m128 across(const F* x) {
+    const auto halves = [](__m256 a, __m256 b, __m256 c, __m256 d) {
+      const __m256 ab = Op::of(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+      const __m256 cd = Op::of(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+      return Op::of(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+    };
+    const __m256 s8 =
+        Op::of(halves(x[0].a, x[1].a, x[2].a, x[3].a), halves(x[0].b, x[1].b, x[2].b, x[3].b));
+    return Op::of(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));
+  }
 };
 
 }  // namespace tael

@@ -58,15 +58,13 @@ struct Avx512 {
     const __m128 s2 = _mm_add_ps(s4, _mm_movehl_ps(s4, s4));
     return _mm_cvtss_f32(_mm_add_ss(s2, _mm_movehdup_ps(s2)));
   }
-  static float largest_sum(const F (&a)[4]) {
-    const __m512 x = _mm512_add_ps(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]));
-    const __m512 y = _mm512_add_ps(_mm512_unpacklo_ps(a[2], a[3]), _mm512_unpackhi_ps(a[2], a[3]));
-    const __m512 s16 = _mm512_add_ps(_mm512_shuffle_ps(x, y, 0x44), _mm512_shuffle_ps(x, y, 0xee));
-    const __m256 s8 = _mm256_add_ps(_mm512_castps512_ps256(s16), _mm512_extractf32x8_ps(s16, 1));
-    const __m128 s4 = _mm_add_ps(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));
+  static float largest_sum(const F* a) {
+    const __m128 s4 = across<Sum>(a);
     const __m128 m2 = _mm_max_ps(s4, _mm_movehl_ps(s4, s4));
     return _mm_cvtss_f32(_mm_max_ss(m2, _mm_movehdup_ps(m2)));
   }
+  static void store_sums(float* p, const F* a) { _mm_storeu_ps(p, across<Sum>(a)); }
+  static void store_maxima(float* p, const F* a) { _mm_storeu_ps(p, across<Max>(a)); }
   static float max_lane(F a) { return _mm512_reduce_max_ps(a); }
   static uint32_t at_least(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
   static F from_int(I a) { return _mm512_cvtepi32_ps(a); }
@@ -143,6 +141,26 @@ struct Avx512 {
   static void store_bf16(uint16_t* p, F a) { _mm256_storeu_si256((__m256i*)p, round_to_bf16(a)); }
   static B to_bf16(F a, F b) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(round_to_bf16(a)), round_to_bf16(b), 1);
+  }
+
+ private:
+  struct Sum {
+    static __m512 of(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
+    static __m256 of(__m256 a, __m256 b) { return _mm256_add_ps(a, b); }
+    static __m128 of(__m128 a, __m128 b) { return _mm_add_ps(a, b); }
+  };
+  struct Max {
+    static __m512 of(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
+    static __m256 of(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
+    static __m128 of(__m128 a, __m128 b) { return _mm_max_ps(a, b); }
+  };
+  // The lanes of each of four combined into one.
+  template <class Op> static __m128 across(const F* a) {
+    const __m512 x = Op::of(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]));
+    const __m512 y = Op::of(_mm512_unpacklo_ps(a[2], a[3]), _mm512_unpackhi_ps(a[2], a[3]));
+    const __m512 s16 = Op::of(_mm512_shuffle_ps(x, y, 0x44), _mm512_shuffle_ps(x, y, 0xee));
+    const __m256 s8 = Op::of(_mm512_castps512_ps256(s16), _mm512_extractf32x8_ps(s16, 1));
+    return Op::of(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));
   }
 };
 

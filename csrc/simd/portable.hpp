@@ -72,15 +72,21 @@ struct Portable {
       for (int i = 0; i < n; ++i) a.v[i] = a.v[i] + a.v[i + n];
     return a.v[0];
   }
-  // Of the sums of four, which are added up side by side.
-  static float largest_sum(const F (&a)[4]) {
-    float sums[4];
+  // Of the lanes of each of four, which are added up side by side.
+  static void store_sums(float* p, const F* a) {
     for (int k = 0; k < 4; ++k) {
       float parts[4];
       for (int i = 0; i < 4; ++i)
         parts[i] = (a[k].v[4 * i] + a[k].v[4 * i + 2]) + (a[k].v[4 * i + 1] + a[k].v[4 * i + 3]);
-      sums[k] = (parts[0] + parts[2]) + (parts[1] + parts[3]);
+      p[k] = (parts[0] + parts[2]) + (parts[1] + parts[3]);
     }
+  }
+  static void store_maxima(float* p, const F* a) {
+    for (int k = 0; k < 4; ++k) p[k] = max_lane(a[k]);
+  }
+  static float largest_sum(const F* a) {
+    float sums[4];
+    store_sums(sums, a);
     const float x = sums[0] > sums[2] ? sums[0] : sums[2], y = sums[1] > sums[3] ? sums[1] : sums[3];
     return x > y ? x : y;
   }

@@ -181,8 +181,8 @@ def plan_tiered_pools(
     """As ``plan_pools``, with the complete blocks of full attention on disk.
 
     There are as many of these as ``disk_bytes`` hold and ``max_num_seqs`` requests can use, but
-    what they take in memory without their KV is at most half of it. Windows get what they can use
-    of the other half, up to a half of that, and the rest holds KV of blocks on disk. Raises
+    what they take in memory without their KV is at most two thirds of it. Windows get what they can
+    use of the other third, up to a half of that, and the rest holds KV of blocks on disk. Raises
     TaelError for a model without full attention, and if a step does not fit.
     """
     full, *windows = groups
@@ -192,7 +192,7 @@ def plan_tiered_pools(
     open_bytes = scheduler.max_num_open_blocks * full.open_block_bytes
     num_blocks = min(
         disk_bytes // full.disk_block_bytes,
-        (kv_bytes - open_bytes) // 2 // full.memory_block_bytes,
+        (kv_bytes - open_bytes) * 2 // 3 // full.memory_block_bytes,
         scheduler.max_num_seqs * full.num_blocks(max_model_len, chunk, block_size),
     )
     shortest = min(max_model_len, chunk + block_size)

@@ -77,8 +77,8 @@ class Attention:
     kv_format: str = "bf16"
     """One of ``tael.config.KV_FORMATS``."""
     key_summaries: bool = False
-    """Complete blocks keep the least and the largest key of every channel, and those of four pieces
-    in less detail, for sparse reading."""
+    """Complete blocks keep the least and the largest key of every channel, and each key in two bits
+    a channel, for sparse reading."""
     budget_percent: int = 100
     """Of a KV budget, what this layer reads."""
 
@@ -88,7 +88,7 @@ class Attention:
         bf16 = 2 * d + 2 * d
         key_q8 = d + 2 * d // BLOCK_SIZE
         head_bytes = {"bf16": bf16, "q8": key_q8 + d + 2, "k8v4": key_q8 + d // 2 + 4}
-        summary = 8 * d // BLOCK_SIZE if self.key_summaries else 0
+        summary = (4 + BLOCK_SIZE // 4) * d // BLOCK_SIZE if self.key_summaries else 0
         return CacheSpec(
             bytes_per_token=self.num_kv_heads * (head_bytes[self.kv_format] + summary),
             open_bytes_per_token=self.num_kv_heads * bf16,
@@ -266,12 +266,12 @@ class CacheGroup:
         self, num_blocks: int, max_num_seqs: int, max_model_len: int, block_size: int
     ) -> int:
         """Of the bounds of superblocks, for a pool of ``num_blocks`` (csrc/model/superblocks.hpp),
-        which have no pieces."""
+        which have no codes."""
         most = max_model_len // block_size // SUPERBLOCK_BLOCKS
         if self.head_summary_bytes == 0 or most <= MIN_SCORED_SUPERBLOCKS:
             return 0
         num_rows = num_blocks // SUPERBLOCK_BLOCKS + max_num_seqs
-        row_bytes = self.summary_bytes // 2 + SUPERBLOCK_ROW_BYTES
+        row_bytes = self.summary_bytes // 3 + SUPERBLOCK_ROW_BYTES
         return num_rows * row_bytes + 4 * (num_blocks + max_num_seqs * most)
 
     def first_block(self, position: int, block_size: int) -> int:

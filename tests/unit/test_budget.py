@@ -222,7 +222,7 @@ def test_a_tiered_plan_by_hand() -> None:
 
     # The disk decides, then the memory, then what eight requests can use.
     assert plan(136_000, 40 * 1024 + 1) == PoolPlan((40,), 1024, 36_000 + 40 * 516 + 80 * 528, 80)
-    assert plan(46_000, 40 * 1024) == PoolPlan((9,), 288, 36_000 + 9 * 516 + 10 * 528, 10)
+    assert plan(46_000, 40 * 1024) == PoolPlan((12,), 384, 36_000 + 12 * 516 + 7 * 528, 7)
     assert plan(10**9, 10**9).num_blocks == (256,)
     # A window gets what a request of the length needs, and half of the rest at most.
     assert plan(136_000, 40 * 1024, WINDOW) == PoolPlan(

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "common/half.hpp"
 #include "kernels/key_summary/key_summary.hpp"
@@ -7,15 +8,13 @@
 namespace tael {
 namespace {
 
-constexpr int kPieceTokens = kBlockTokens / kSummaryPieces;
-
 struct Bounds {
   float least = INFINITY, largest = -INFINITY, nan = 0.0f;
 
   void add(float low, float high) {
     least = low < least ? low : least;
     largest = high > largest ? high : largest;
-    if (low != low) nan = low;
+    nan += low - low + (high - high);  // 0 if both are finite
   }
   void store(uint16_t* bounds) const {
     bounds[0] = float_to_bf16(least + nan);
@@ -23,29 +22,25 @@ struct Bounds {
   }
 };
 
-// Where a range is infinite or NaN, the whole of it.
-uint8_t packed_piece(const Bounds& piece, const Bounds& block) {
-  const float step = (block.largest - block.least) * (1.0f / 15);
-  if (step == 0.0f) return 0;
-  if (!(step < INFINITY)) return 0xf0;
-  const float low = std::floor((piece.least - block.least) / step);
-  const float high = std::ceil((piece.largest - block.least) / step);
-  return uint8_t(std::clamp(low, 0.0f, 15.0f)) | uint8_t(std::clamp(high, 0.0f, 15.0f)) << 4;
-}
-
 }  // namespace
 
 void summarize_keys(const uint16_t* keys, int head_dim, uint8_t* summary) {
+  uint8_t* codes = summary + bounds_bytes(head_dim);
+  memset(codes, 0, codes_bytes(head_dim));
   for (int d = 0; d < head_dim; ++d) {
-    Bounds block, pieces[kSummaryPieces];
+    float channel[kBlockTokens];
+    Bounds bounds;
     for (int t = 0; t < kBlockTokens; ++t) {
-      const float x = bf16_to_float(keys[key_place(head_dim, t, d)]);
-      pieces[t / kPieceTokens].add(x, x);
+      channel[t] = bf16_to_float(keys[key_place(head_dim, t, d)]);
+      bounds.add(channel[t], channel[t]);
     }
-    for (const Bounds& piece : pieces) block.add(piece.least + piece.nan, piece.largest + piece.nan);
-    block.store((uint16_t*)summary + 2 * d);
-    for (int p = 0; p < kSummaryPieces; ++p)
-      summary[bounds_bytes(head_dim) + p * head_dim + d] = packed_piece(pieces[p], block);
+    bounds.store((uint16_t*)summary + 2 * d);
+    const float step = (bounds.largest - bounds.least) * 0.25f;
+    if (!(step > 0.0f) || bounds.nan != 0.0f) continue;
+    for (int t = 0; t < kBlockTokens; ++t) {
+      const int quarter = std::min(3, int((channel[t] - bounds.least) / step));
+      codes[(int64_t(t / 16) * head_dim + d / 16 * 16) * 4 + t % 16 * 4 + d % 4] |= quarter << d % 16 / 4 * 2;
+    }
   }
 }
 

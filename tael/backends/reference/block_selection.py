@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from tael.backends.reference.key_summary import NUM_PIECES, KeySummaries
+from tael.backends.reference.key_summary import KeySummaries, bound_scores, key_scores
 from tael.backends.reference.layers import Float32
 from tael.config import (
     MIN_BUDGET_BLOCKS,
@@ -14,6 +14,9 @@ from tael.config import (
     NUM_SINK_BLOCKS,
     SUPERBLOCK_BLOCKS,
 )
+
+NUM_CANDIDATES = 3
+"""Blocks whose keys are scored, for each that is read."""
 
 
 def layer_budgets(budgets: NDArray[np.int32], percent: int) -> NDArray[np.int32]:
@@ -26,10 +29,10 @@ def chosen_blocks(q: Float32, summaries: KeySummaries, budget: int) -> NDArray[n
     """``budget`` - 1 of a sequence's complete blocks, ascending, for the query heads ``q`` [H, D]
     that share a KV head. ``summaries`` are of that head.
 
-    The first and the last few, and those whose keys can score highest with any of the heads (Quest,
-    arXiv:2406.10774): twice as many by the bounds of a block, and half of these by the bounds of
-    their pieces; of equal ones the earliest. Where there are many superblocks, these are of the
-    best of them, or behind the last.
+    The first and the last few, and those whose keys can be expected to score highest with any of
+    the heads: three times as many by the bounds of a block, and of these by its keys in two bits a
+    channel; of equal ones the earliest. Where there are many superblocks, these are of the best of
+    them, or behind the last.
     """
     least, largest = summaries.least, summaries.largest
     num_blocks = len(least)
@@ -40,27 +43,17 @@ def chosen_blocks(q: Float32, summaries: KeySummaries, budget: int) -> NDArray[n
     if num_superblocks > most:
         shape = (num_superblocks, SUPERBLOCK_BLOCKS, -1)
         end = num_superblocks * SUPERBLOCK_BLOCKS
-        scores = _scores(
+        scores = bound_scores(
             q, least[:end].reshape(shape).min(axis=1), largest[:end].reshape(shape).max(axis=1)
         )
         left_out = np.argsort(-scores, kind="stable")[most:]
         between = between[~np.isin(between // SUPERBLOCK_BLOCKS, left_out)]
     num_scored = budget - 1 - NUM_SINK_BLOCKS - NUM_RECENT_BLOCKS
-    between = _best(between, _scores(q, least[between], largest[between]), 2 * num_scored)
-    of_pieces = [
-        _scores(q, summaries.piece_least[between, p], summaries.piece_largest[between, p])
-        for p in range(NUM_PIECES)
-    ]
-    chosen = _best(between, np.max(of_pieces, axis=0), num_scored)
+    scores = bound_scores(q, least[between], largest[between])
+    between = _best(between, scores, NUM_CANDIDATES * num_scored)
+    chosen = _best(between, key_scores(q, summaries.of_blocks(between)), num_scored)
     return np.concatenate([np.arange(NUM_SINK_BLOCKS), chosen, recent])
 
 
 def _best(blocks: NDArray[np.int64], scores: Float32, num: int) -> NDArray[np.int64]:
     return np.sort(blocks[np.argsort(-scores, kind="stable")[:num]])
-
-
-def _scores(q: Float32, least: Float32, largest: Float32) -> Float32:
-    """What the heads ``q`` [H, D] can score at most with keys of each range [N, D]: [N]."""
-    bounds = np.maximum(q[:, None] * least, q[:, None] * largest).sum(axis=-1)
-    scores: Float32 = bounds.max(axis=0)
-    return scores
