@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from tael.config import EngineConfig
-from tael.evals.context.cell import Answer, Cost
+from tael.evals.context.cell import Answer, Cell, Cost
 from tael.evals.context.modes import Mode
 from tael.evals.context.sample import Question, Sample
-from tael.evals.context.suite import Cell, Result, Settings
+from tael.evals.context.suite import Result, Settings
 
 TASKS = ("multikey", "variables_1")
 LENGTHS = (1024, 2048, 4096)

@@ -14,8 +14,9 @@ import click
 from tael.cli.common import F, TransferBar, byte_size, output_file
 
 if TYPE_CHECKING:
+    from tael.evals.context.cell import Cell
     from tael.evals.context.report import Slo
-    from tael.evals.context.suite import Cell, Result
+    from tael.evals.context.suite import Result
 
 
 def _lengths(text: str) -> tuple[int, ...]:
@@ -73,9 +74,15 @@ def sample_options(
 
 
 def report_options(command: F) -> F:
-    """Files for what was found."""
+    """Where to put what was found."""
     file = click.Path(dir_okay=False, path_type=Path)
     for option in (
+        click.option(
+            "--keep",
+            type=click.Path(file_okay=False, path_type=Path),
+            metavar="FOLDER",
+            help="What is measured is kept there, and not measured again by a run that goes on.",
+        ),
         click.option(
             "--plot",
             type=file,
@@ -148,6 +155,7 @@ def command(
     threads: int | None,
     json_path: Path | None,
     plot: Path | None,
+    keep: Path | None,
 ) -> None:
     """Measure the effective context of a model, and what --mode settings lose against it:
     questions about haystacks that were read before the questions were known."""
@@ -178,7 +186,7 @@ def command(
     with TransferBar() as progress:
         resolve(model, progress=progress)
         fetch_texts(progress)
-    result = run_suite(settings, show=show_cell)
+    result = run_suite(settings, show_cell, keep)
     click.echo(render(result, slo))
     write_reports(result, slo, json_path, plot)
 

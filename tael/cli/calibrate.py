@@ -42,6 +42,7 @@ def command(
     threads: int | None,
     json_path: Path | None,
     plot: Path | None,
+    keep: Path | None,
 ) -> None:
     """Measure what KV formats and reading budgets lose on this model, and choose the settings of
     --mode balanced (less than 2 points of the exact score, at 95%) and frugal (5 points)."""
@@ -72,13 +73,13 @@ def command(
         fetch_texts(progress)
     # First what the model can do at all, so that no mode is asked for the rest.
     first = replace(settings, lengths=(min(lengths),))
-    counted = run_suite(first, show=show_cell).counted
+    counted = run_suite(first, show_cell, keep).counted
     if not counted:
         raise TaelError(
             f"{Path(model).name} answers too few of these questions to show what a mode loses."
         )
     layers = _find_focus(path, first, counted) if focus else ()
-    result = run_suite(replace(settings, modes=ladder(layers), tasks=counted), show=show_cell)
+    result = run_suite(replace(settings, modes=ladder(layers), tasks=counted), show_cell, keep)
     write_reports(result, Slo(), json_path, plot)
     found = calibration(result, load_prepared(path).weights.digest)
     click.echo(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from click.testing import CliRunner
 from tael import LLM, SamplingParams
 from tael.cli.main import main
 from tael.config import BLOCK_SIZE
+from tael.evals.context import kept, suite
+from tael.evals.context.cell import Cell
 from tael.evals.context.prompt import INTRODUCTION, PromptFormat
 from tael.evals.context.sample import Question
 from tael.evals.context.teacher import forced_logprobs
@@ -105,3 +108,49 @@ def test_a_length_beyond_the_model_ends_the_run_with_a_line(
     outcome = CliRunner().invoke(main, arguments)
     assert outcome.exit_code == 2
     assert "9,000 tokens is beyond the 8,192" in outcome.output
+
+
+def test_a_run_that_was_ended_goes_on(
+    model_path: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[str] = []
+    run_isolated = suite._run_isolated
+
+    def counting(job: Any, rows: Path) -> Cell:
+        measured.append("exact" if job.is_exact else job.config.kv_format)
+        return run_isolated(job, rows)
+
+    monkeypatch.setattr(suite, "_run_isolated", counting)
+
+    def run(*modes: str, seed: int = 0) -> Any:
+        json_path = tmp_path / "result.json"
+        arguments = ["bench", "context", str(model_path("smollm2:135m")), "--lengths", "768"]
+        arguments += ["--samples", "1", "--questions", "2", "--tasks", "needle_digits"]
+        arguments += ["--texts", "1", "--seed", str(seed), "--json", str(json_path)]
+        arguments += ["--keep", str(tmp_path / "kept")]
+        arguments += [word for mode in modes for word in ("--mode", f"{mode}=kv_format:{mode}")]
+        outcome = CliRunner().invoke(main, arguments, catch_exceptions=False)
+        assert outcome.exit_code == 0, outcome.output
+        measured.sort()
+        return json.loads(json_path.read_text())
+
+    first = run("q8")
+    assert measured == ["exact", "q8"]
+    measured.clear()
+    second = run("q8", "k8v4")
+    assert measured == ["k8v4"]
+    assert [cell for cell in second["cells"] if cell["mode"] != "k8v4"] == first["cells"]
+    # The distributions of the exact mode were kept too.
+    assert second["cells"][2]["divergence"]["mean_kld"] > 0
+    measured.clear()
+    run("q8", seed=1)
+    assert measured == ["exact", "q8"]
+    measured.clear()
+    for path in (tmp_path / "kept").glob("*.json"):
+        path.write_bytes(path.read_bytes()[:-9])
+    assert run("q8")["cells"][1]["answers"] == first["cells"][1]["answers"]
+    assert measured == ["exact", "q8"]
+    measured.clear()
+    monkeypatch.setattr(kept, "package_digest", lambda: "of another build")
+    run("q8")
+    assert measured == ["exact", "q8"]

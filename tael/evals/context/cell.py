@@ -11,6 +11,7 @@ import numpy as np
 
 from tael.engine.engine import Engine
 from tael.errors import TaelError
+from tael.evals.context.divergence import Divergence
 from tael.evals.context.prompt import PromptFormat
 from tael.evals.context.sample import Question, Sample
 from tael.evals.context.tasks import TASKS
@@ -43,6 +44,21 @@ class Cost:
     """Of a haystack that is not in the cache: the median."""
     s_per_token: float
     """Of the first answer about the first haystack of each task: the median."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """What a mode gives at a length."""
+
+    answers: dict[str, list[list[Answer]]]
+    """By task, for each sample those to its questions. Without the tasks that do not count,
+    except in the first cell, which tells which do. After a failure all have the score 0."""
+    log_likelihoods: dict[str, list[list[float]]]
+    """Of the right answers, for the tasks that do not count."""
+    cost: Cost | None
+    divergence: Divergence | None
+    error: str | None = None
+    """Why there is nothing: the mode does not serve this length here."""
 
 
 def answer_all(

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
+from tael.evals.context.cell import Cell
 from tael.evals.context.modes import EXACT
 from tael.evals.context.statistics import (
     Estimate,
@@ -16,7 +17,7 @@ from tael.evals.context.statistics import (
     retention,
     verdict,
 )
-from tael.evals.context.suite import Cell, Result
+from tael.evals.context.suite import Result
 from tael.evals.context.tasks import TASKS, Kind
 from tael.memory.budget import format_bytes
 

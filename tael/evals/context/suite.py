@@ -22,8 +22,9 @@ import numpy as np
 
 from tael.config import EngineConfig
 from tael.errors import TaelError
-from tael.evals.context.cell import Answer, Cost, answer_all, answer_log_likelihoods
-from tael.evals.context.divergence import Divergence, divergence, forced_rows, make_texts
+from tael.evals.context.cell import Answer, Cell, answer_all, answer_log_likelihoods
+from tael.evals.context.divergence import divergence, forced_rows, make_texts
+from tael.evals.context.kept import KeptCells
 from tael.evals.context.modes import EXACT, Mode
 from tael.evals.context.sample import Sample
 from tael.evals.context.tasks import make_samples
@@ -59,21 +60,6 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
-    """One mode at one length."""
-
-    answers: dict[str, list[list[Answer]]]
-    """By task, for each sample those to its questions. Without the tasks that do not count,
-    except in the first cell, which tells which do. After a failure all have the score 0."""
-    log_likelihoods: dict[str, list[list[float]]]
-    """Of the right answers, for the tasks that do not count."""
-    cost: Cost | None
-    divergence: Divergence | None
-    error: str | None = None
-    """Why there is nothing: the mode does not serve this length here."""
-
-
-@dataclass(frozen=True, slots=True)
 class Result:
     settings: Settings
     counted: tuple[str, ...]
@@ -90,11 +76,15 @@ class Result:
         return () if exact.error is not None else _passed(exact.answers)
 
 
-def run_suite(settings: Settings, show: Callable[[str, int, Cell], None]) -> Result:
+def run_suite(
+    settings: Settings, show: Callable[[str, int, Cell], None], keep: Path | None = None
+) -> Result:
     """Measure everything, from the shortest length to the longest and the exact mode first.
-    ``show`` is told of every cell when it is done. Raises TaelError if samples cannot be made or
-    the exact model does not run at the shortest length."""
-    tokenizer = load_prepared(resolve(settings.model)).tokenizer
+    ``show`` is told of every cell when it is done. What an earlier run has left in the folder
+    ``keep`` is not measured again (see ``kept``). Raises TaelError if samples cannot be made or the
+    exact model does not run at the shortest length."""
+    model = load_prepared(resolve(settings.model))
+    tokenizer, kept = model.tokenizer, KeptCells(keep, model.weights.digest)
     configs = {mode.name: mode.config(settings.config) for mode in (EXACT, *settings.modes)}
     counted: tuple[str, ...] | None = None
     all_samples: dict[int, Samples] = {}
@@ -119,8 +109,14 @@ def run_suite(settings: Settings, show: Callable[[str, int, Cell], None]) -> Res
                 context = length if mode_config.rope_scaling is None else max(settings.lengths)
                 config = replace(mode_config, max_model_len=context)
                 is_exact = name == EXACT.name
-                job = _Job(settings.model, config, is_exact, samples, counted, texts, Path(folder))
-                cells[name, length] = cell = _run_isolated(job)
+                job = _Job(settings.model, config, is_exact, samples, counted, texts)
+                if is_exact:
+                    rows = kept.rows_of(job) or Path(folder)
+                cell = kept.find(job)
+                if cell is None:
+                    cell = _run_isolated(job, rows)
+                    kept.keep(job, cell)
+                cells[name, length] = cell
                 if counted is None:
                     if cell.error is not None:
                         raise TaelError(cell.error)
@@ -139,16 +135,14 @@ class _Job:
     counted: tuple[str, ...] | None
     """None: not known yet."""
     texts: list[list[int]]
-    folder: Path
-    """Where the exact mode leaves its distributions for the others."""
 
 
-def _run_isolated(job: _Job) -> Cell:
+def _run_isolated(job: _Job, rows: Path) -> Cell:
     with ProcessPoolExecutor(
         1, mp_context=get_context("spawn"), initializer=_end_with_parent
     ) as executor:
         try:
-            return executor.submit(_run, job).result()
+            return executor.submit(_run, job, rows).result()
         except (TaelError, MemoryError, OSError) as error:
             return _failure(job, str(error) or "there is not enough memory")
         except BrokenProcessPool:
@@ -175,7 +169,8 @@ def _failure(job: _Job, error: str) -> Cell:
     return Cell(answers, {}, None, None, error)
 
 
-def _run(job: _Job) -> Cell:
+def _run(job: _Job, folder: Path) -> Cell:
+    """The exact mode leaves its distributions in ``folder`` for the others."""
     engine = open_engine(job.model, job.config)
     if engine.max_model_len < (job.config.max_model_len or 0):
         raise TaelError(
@@ -188,7 +183,7 @@ def _run(job: _Job) -> Cell:
     forced = {task: samples for task, samples in job.samples.items() if task not in counted}
     log_likelihoods = answer_log_likelihoods(engine, forced)
     rows = list(forced_rows(engine, job.texts))
-    paths = [job.folder / f"{i}.npy" for i in range(len(rows))]
+    paths = [folder / f"{i}.npy" for i in range(len(rows))]
     if job.is_exact:
         for path, exact_rows in zip(paths, rows, strict=True):
             np.save(path, exact_rows)
