@@ -97,7 +97,7 @@ def test_inspect(tiny_model: Path) -> None:
     assert report["max_context"] == report["trained_context"] == 1 << 20
     text = inspect(str(tiny_model))
     assert "llama: 2 layers" in text
-    assert "bytes a token: bf16 256, q8 140, k8v4 116; with a budget 16 more" in text
+    assert "bytes a token: bf16 256, q8 140, k8v4 116; with a budget 24 more" in text
 
 
 def test_inspect_names_the_scalings(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -221,7 +221,7 @@ def make_engine(
         config = replace(config, kv_disk_bytes=kv_blocks * group.disk_block_bytes)
         fixed_bytes = kv_blocks * group.memory_block_bytes
         slots_bytes = num_slots * (group.slot_bytes + TIERED_SLOT_BYTES)
-        kv_bytes = fixed_bytes + max(fixed_bytes, slots_bytes)
+        kv_bytes = fixed_bytes + max(-(-fixed_bytes // 2), slots_bytes)  # as plan_tiered_pools
     memory_bytes = (
         backend.weights_bytes
         + backend.reserve(config.scheduler, MAX_MODEL_LEN)
