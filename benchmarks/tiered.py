@@ -1,6 +1,6 @@
 """Decoding behind a context that is larger than the memory, beside the same with all KV in memory.
 
-    python -m benchmarks.tiered [--model qwen2.5-coder:0.5b] [--tokens 131072] [--memory 900MiB]
+    python -m benchmarks.tiered [--model qwen2.5-coder:0.5b] [--tokens 131072] [--memory 848MiB]
 
 Two processes compute the same text, the one with ``--kv-disk`` and a budget for the whole process,
 the other with all the memory it asks for, and then decode in turn. Both read sparsely. Their tokens
@@ -158,7 +158,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="qwen2.5-coder:0.5b")
     parser.add_argument("--tokens", type=token_count, default=131072)
-    parser.add_argument("--memory", type=byte_size, default=byte_size("900MiB"))
+    parser.add_argument("--memory", type=byte_size, default=byte_size("848MiB"))
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--child", type=json.loads)
