@@ -15,14 +15,14 @@ PROGRAM = """
 import os, sys
 from tael.evals.context import suite
 
-def cell(job):
+def cell(job, rows):
     os.write(1, f"{os.getpid()}\\n".encode())
     while True:
         pass
 
 if __name__ == "__main__":
     suite._run = cell
-    suite._run_isolated(None)
+    suite._run_isolated(None, None)
 """
 
 
