@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from tael.backends.reference.block_selection import NUM_CANDIDATES, chosen_blocks
+from tael.backends.reference.block_selection import CANDIDATES_PER_BLOCK, chosen_blocks
 from tael.backends.reference.key_summary import bound_scores, key_scores, summarize_keys
 from tael.config import BLOCK_SIZE, MIN_BUDGET_BLOCKS, NUM_RECENT_BLOCKS, NUM_SINK_BLOCKS
 
 HEAD_DIM, NUM_HEADS = 64, 7
 BUDGET = 48
 NUM_SCORED = BUDGET - MIN_BUDGET_BLOCKS
-NUM_BLOCKS = NUM_SINK_BLOCKS + NUM_CANDIDATES * NUM_SCORED + NUM_RECENT_BLOCKS
+NUM_BLOCKS = NUM_SINK_BLOCKS + CANDIDATES_PER_BLOCK * NUM_SCORED + NUM_RECENT_BLOCKS
 """As many as have their keys scored, and those that are read in any case."""
 
 

@@ -15,7 +15,7 @@ from tael.config import (
     SUPERBLOCK_BLOCKS,
 )
 
-NUM_CANDIDATES = 3
+CANDIDATES_PER_BLOCK = 3
 """Blocks whose keys are scored, for each that is read."""
 
 
@@ -50,7 +50,7 @@ def chosen_blocks(q: Float32, summaries: KeySummaries, budget: int) -> NDArray[n
         between = between[~np.isin(between // SUPERBLOCK_BLOCKS, left_out)]
     num_scored = budget - 1 - NUM_SINK_BLOCKS - NUM_RECENT_BLOCKS
     scores = bound_scores(q, least[between], largest[between])
-    between = _best(between, scores, NUM_CANDIDATES * num_scored)
+    between = _best(between, scores, CANDIDATES_PER_BLOCK * num_scored)
     chosen = _best(between, key_scores(q, summaries.of_blocks(between)), num_scored)
     return np.concatenate([np.arange(NUM_SINK_BLOCKS), chosen, recent])
 
