@@ -4,15 +4,21 @@
 // rows share its task (as long as the KV is finite).
 //
 // Scores are in units of log 2, so that a weight is 2^(score - maximum); queries and weights are
-// rounded to bf16, as K and V are, and multiplied in pairs (vdpbf16ps where the CPU has it). Compressed
-// blocks become bf16 in registers where one pass over them serves all rows, and else in the task's room.
+// rounded to bf16, as K and V are, and multiplied in pairs (vdpbf16ps where the CPU has it) or in tiles of 16 by
+// 16 (AMX). Compressed blocks become bf16 in registers where one pass over them serves all rows, and else in
+// the task's room.
 #pragma once
+
+#include <cstring>
 
 #include "kernels/kv_block/unpack.hpp"
 #include "kernels/math.hpp"
 #include "kernels/types.hpp"
 
 namespace tael {
+
+template <class S>
+concept HasTiles = requires { typename S::Tiles; };
 
 template <class S> struct AttentionKernel {
   using F = typename S::F;
@@ -46,6 +52,11 @@ template <class S> struct AttentionKernel {
         const int64_t i = chunk.start / kBlockTokens + b;
         find_block(task, i, i + kChunkBlocks < last_block ? i + kChunkBlocks : last_block, b, chunk);
       }
+      if constexpr (HasTiles<S>)
+        if (fits_tiles(task)) {
+          add_tiles(task, chunk, states, stride);
+          continue;
+        }
       add_rows<S::kAttentionRows>(task, chunk, states, stride, 0);
     }
   }
@@ -93,7 +104,8 @@ template <class S> struct AttentionKernel {
     };
     typename Chunk::Block& block = chunk.blocks[b];
     block = {i == open ? KVFormat::BF16 : task.format, data(i), data(next)};
-    if (block.format == KVFormat::BF16 || task.num_rows() <= S::kAttentionRows) return;
+    if (block.format == KVFormat::BF16) return;
+    if (task.num_rows() <= S::kAttentionRows && !fits_tiles(task)) return;
     uint16_t* room = task.unpacked + b * 2 * int64_t(kBlockTokens) * task.head_dim;
     with_block(block, task.head_dim, [&](const auto& packed) { unpack_head<S>(packed, task.head_dim, room); });
     block = {KVFormat::BF16, (const uint8_t*)room, (const uint8_t*)room};
@@ -113,6 +125,75 @@ template <class S> struct AttentionKernel {
     float lanes[16];
     S::store(lanes, a);
     return lanes[0];
+  }
+
+  // Whatever the number of rows, so that each is rounded alike.
+  static bool fits_tiles(const AttentionTask& task) { return HasTiles<S> && task.head_dim % 32 == 0; }
+
+  static void add_tiles(const AttentionTask& task, const Chunk& chunk, float* states, int64_t stride) {
+    const int64_t size = int64_t(kBlockTokens) * task.head_dim;
+    const uint16_t* values[kChunkBlocks];
+    for (int b = chunk.first_block; b < chunk.num_blocks(); ++b)
+      values[b] = (const uint16_t*)chunk.blocks[b].data + size;
+    // A tile takes all values of a block, those of tokens that are not there yet too: these are to be zeros.
+    alignas(64) uint16_t last[kBlockTokens * kMaxHeadDim];
+    if (const int rest = chunk.num_valid % kBlockTokens) {
+      const uint16_t*& open = values[chunk.num_blocks() - 1];
+      const int64_t there = int64_t(rest + 1) / 2 * 2 * task.head_dim;
+      memcpy(last, open, there * sizeof(uint16_t));
+      memset(last + there, 0, (size - there) * sizeof(uint16_t));
+      open = last;
+    }
+    constexpr int most = S::Tiles::kRows;
+    for (int row = 0; row < task.num_rows(); row += most) {
+      const int rest = task.num_rows() - row;
+      chunk_tiles(task, row, rest < most ? rest : most, chunk, values, states + row * stride, stride);
+    }
+  }
+
+  static void chunk_tiles(const AttentionTask& task, int first_row, int num_rows, const Chunk& chunk,
+                          const uint16_t* const* values, float* states, int64_t stride) {
+    constexpr int most = S::Tiles::kRows;
+    alignas(64) float scores[most][kChunkTokens], sums[most][32];
+    alignas(64) uint16_t weights[most][kChunkTokens];
+    float rescale[most];
+    const int head_dim = task.head_dim;
+    const int64_t size = int64_t(kBlockTokens) * head_dim;
+    const typename S::Tiles tiles(num_rows);
+    // The first rows fetch the block that will be needed in the place of this one.
+    const auto next = [&](const typename Chunk::Block& block) {
+      return first_row == 0 && block.next != block.data ? (const uint16_t*)block.next : nullptr;
+    };
+    for (int b = chunk.first_block; b < chunk.num_blocks(); ++b) {
+      const typename Chunk::Block& block = chunk.blocks[b];
+      const uint16_t *q = task.query(first_row), *keys = (const uint16_t*)block.data, *next_keys = next(block);
+      tiles.multiply(
+          head_dim / 32,
+          [&](int i) {
+            return typename S::TileStep{q + 32 * i, keys + 512 * i, next_keys ? next_keys + 512 * i : nullptr};
+          },
+          head_dim, 32, size / 2, scores[0] + b * kBlockTokens, kChunkTokens);
+    }
+    bool any = false;
+    for (int r = 0; r < num_rows; ++r)
+      any |= softmax_row(task, first_row + r, chunk, scores[r], weights[r], states + r * stride, &rescale[r]);
+    if (!any) return;
+    for (int d = 0; d < head_dim; d += 32) {
+      tiles.multiply(
+          chunk.num_blocks() - chunk.first_block,
+          [&](int i) {
+            const int b = chunk.first_block + i;
+            const uint16_t* next_values = next(chunk.blocks[b]);
+            return typename S::TileStep{weights[0] + b * kBlockTokens, values[b] + 2 * d,
+                                        next_values ? next_values + size + 2 * d : nullptr};
+          },
+          kChunkTokens, 2 * head_dim, 32, sums[0], 32);
+      for (int r = 0; r < num_rows; ++r)
+        for (int v = 0; v < 32; v += 16) {
+          float* out = output(states + r * stride) + d + v;
+          S::store(out, S::fma(S::load(out), S::splat(rescale[r]), S::load(sums[r] + v)));
+        }
+    }
   }
 
   // All rows from first_row on, R at a time and the rest together.
