@@ -76,7 +76,7 @@ FloatArray2D matmul_rows(const MatrixHandle& w, Floats2D x, const std::string& i
   if (int64_t(x.shape(1)) != columns) throw std::invalid_argument("columns differ");
   const Rows rows(tokens, columns);
   const QuantizedBuffer quantized(tokens, columns);
-  const LinearInput input = {rows.floats(tokens), quantized.rows(tokens, columns)};
+  const LinearInput input = {rows.floats(tokens), quantized.rows(kernels, tokens, columns)};
   for (int64_t t = 0; t < tokens; ++t) {
     std::copy(x.data() + t * columns, x.data() + (t + 1) * columns, rows.row(t));
     kernels.quantize(rows.row(t), 0, input.quantized.num_groups, input.quantized, t);
@@ -104,7 +104,7 @@ double time_matmul(const std::vector<const MatrixHandle*>& matrices, Floats2D x,
     if (w->matrix.rows != shape.rows || w->matrix.columns != columns) throw std::invalid_argument("shapes differ");
   const Rows rows(tokens, columns);
   const QuantizedBuffer quantized(tokens, columns);
-  const LinearInput input = {rows.floats(tokens), quantized.rows(tokens, columns)};
+  const LinearInput input = {rows.floats(tokens), quantized.rows(kernels, tokens, columns)};
   for (int64_t t = 0; t < tokens; ++t) std::copy_n(x.data() + t * columns, columns, rows.row(t));
   const Buffer<float> out(tokens * stride);
   ThreadPool pool(num_threads);

@@ -14,7 +14,7 @@ Kernels kernels_portable();
 Kernels kernels_avx2();
 Kernels kernels_avx512();
 void set_attention_avx512_bf16(Kernels& kernels);
-void set_attention_amx_bf16(Kernels& kernels);
+void set_products_amx(Kernels& kernels);
 #endif
 
 namespace {
@@ -42,9 +42,10 @@ std::vector<Kernels> detect() {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512vnni")) {
     if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
-        __builtin_cpu_supports("amx-bf16") && may_use_tiles()) {
+        __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-int8") && may_use_tiles()) {
       found.push_back(kernels_avx512());
-      set_attention_amx_bf16(found.back());
+      set_attention_avx512_bf16(found.back());
+      set_products_amx(found.back());
     }
     if (__builtin_cpu_supports("avx512bf16")) {
       found.push_back(kernels_avx512());

@@ -22,6 +22,21 @@ template <class S> void set_attention(Kernels& k) {
   k.to_bf16 = to_bf16<S>;
 }
 
+template <class S> void set_quantized_matmul(Kernels& k) {
+  k.matmul[int(Format::Q4_0)] = quantized_matmul<S, tiles::Q4_0<S>>;
+  k.matmul[int(Format::Q4_1)] = quantized_matmul<S, tiles::Q4_1<S>>;
+  k.matmul[int(Format::Q5_0)] = quantized_matmul<S, tiles::Q5_0<S>>;
+  k.matmul[int(Format::Q5_1)] = quantized_matmul<S, tiles::Q5_1<S>>;
+  k.matmul[int(Format::Q8_0)] = quantized_matmul<S, tiles::Q8_0<S>>;
+  k.matmul[int(Format::Q2_K)] = quantized_matmul<S, tiles::Q2_K<S>>;
+  k.matmul[int(Format::Q3_K)] = quantized_matmul<S, tiles::Q3_K<S>>;
+  k.matmul[int(Format::Q4_K)] = quantized_matmul<S, tiles::Q4_K<S>>;
+  k.matmul[int(Format::Q5_K)] = quantized_matmul<S, tiles::Q5_K<S>>;
+  k.matmul[int(Format::Q6_K)] = quantized_matmul<S, tiles::Q6_K<S>>;
+  k.matmul[int(Format::IQ4_NL)] = quantized_matmul<S, tiles::IQ4_NL<S>>;
+  k.matmul[int(Format::MXFP4)] = quantized_matmul<S, tiles::MXFP4<S>>;
+}
+
 template <class S> Kernels make_kernels() {
   Kernels k{};
   set_attention<S>(k);
@@ -38,18 +53,7 @@ template <class S> Kernels make_kernels() {
   k.matmul_float[int(Format::F32)] = float_matmul<S, F32Columns<S>>;
   k.matmul_float[int(Format::F16)] = float_matmul<S, F16Columns<S>>;
   k.matmul_float[int(Format::BF16)] = float_matmul<S, BF16Columns<S>>;
-  k.matmul[int(Format::Q4_0)] = quantized_matmul<S, tiles::Q4_0<S>>;
-  k.matmul[int(Format::Q4_1)] = quantized_matmul<S, tiles::Q4_1<S>>;
-  k.matmul[int(Format::Q5_0)] = quantized_matmul<S, tiles::Q5_0<S>>;
-  k.matmul[int(Format::Q5_1)] = quantized_matmul<S, tiles::Q5_1<S>>;
-  k.matmul[int(Format::Q8_0)] = quantized_matmul<S, tiles::Q8_0<S>>;
-  k.matmul[int(Format::Q2_K)] = quantized_matmul<S, tiles::Q2_K<S>>;
-  k.matmul[int(Format::Q3_K)] = quantized_matmul<S, tiles::Q3_K<S>>;
-  k.matmul[int(Format::Q4_K)] = quantized_matmul<S, tiles::Q4_K<S>>;
-  k.matmul[int(Format::Q5_K)] = quantized_matmul<S, tiles::Q5_K<S>>;
-  k.matmul[int(Format::Q6_K)] = quantized_matmul<S, tiles::Q6_K<S>>;
-  k.matmul[int(Format::IQ4_NL)] = quantized_matmul<S, tiles::IQ4_NL<S>>;
-  k.matmul[int(Format::MXFP4)] = quantized_matmul<S, tiles::MXFP4<S>>;
+  set_quantized_matmul<S>(k);
   return k;
 }
 

@@ -18,8 +18,8 @@ struct FloatRows {
 };
 
 // Activations in int8, x = scale * value with |value| <= 127 and one scale per group of 32 columns.
-// Tokens lie in packs of up to six, of equal size but for the last, so that the inner loops of a
-// matmul read one ascending stream:
+// Tokens lie in packs, of equal size but for the last, so that the inner loops of a matmul read one ascending
+// stream: of up to six, or of sixteen where the CPU multiplies tiles of so many rows.
 //
 //     pack    [columns / 32] x { values int8 [tokens][32], QuantizedGroup [tokens] }
 constexpr int kMaxPackTokens = 6;
@@ -31,7 +31,8 @@ struct QuantizedGroup {
 };
 constexpr int64_t kGroupBytes = kGroupColumns + sizeof(QuantizedGroup);
 
-constexpr int64_t pack_size(int64_t num_tokens) {
+constexpr int64_t pack_size(int64_t num_tokens, int wide_pack) {
+  if (wide_pack > 0 && num_tokens >= wide_pack) return wide_pack;
   const int64_t packs = (num_tokens + kMaxPackTokens - 1) / kMaxPackTokens;
   return packs == 0 ? 1 : (num_tokens + packs - 1) / packs;
 }
@@ -162,6 +163,7 @@ struct Candidate {
 
 struct Kernels {
   const char* name;
+  int wide_pack;  // tokens of a pack where there are at least so many; 0: packs stay narrow
   // Columns 32 * first_group onward of one token, from x[0].
   void (*quantize)(const float* x, int64_t first_group, int64_t num_groups, const QuantizedRows& rows,
                    int64_t token);

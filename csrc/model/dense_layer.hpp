@@ -31,7 +31,7 @@ class DenseLayer {
   void forward(const Step& step, const LinearInput& x, const DenseWorkspace& ws, float* out,
                int64_t out_stride) const {
     const int64_t num_tokens = step.batch.num_tokens;
-    const LinearInput hidden = {ws.hidden.floats(num_tokens), ws.quantized.rows(num_tokens, weights_.up.rows)};
+    const LinearInput hidden = {ws.hidden.floats(num_tokens), ws.quantized.rows(step.kernels, num_tokens, weights_.up.rows)};
     const int64_t num_groups = hidden.quantized.num_groups;
     step.pool.parallel_for(step.thread, num_groups * num_token_blocks(x), [&](int64_t item) {
       hidden_group(step, x, item / num_groups, item % num_groups, hidden);
@@ -43,8 +43,7 @@ class DenseLayer {
   // 32 columns of the hidden rows, which are one group of the int8 activations that `down` reads.
   void hidden_group(const Step& step, const LinearInput& x, int64_t block, int64_t group,
                     const LinearInput& hidden) const {
-    constexpr int64_t kMaxTokens = kBlockPacks * kMaxPackTokens;
-    alignas(64) float gate[kMaxTokens * kGroupColumns], up[kMaxTokens * kGroupColumns];
+    alignas(64) float gate[kMaxTokenBlock * kGroupColumns], up[kMaxTokenBlock * kGroupColumns];
     const int64_t tiles = num_tiles(weights_.up.rows), first = group * 2, last = first + 2 < tiles ? first + 2 : tiles;
     const int64_t count = multiply_tiles(step.kernels, weights_.gate, first, last, x, block, gate, kGroupColumns);
     multiply_tiles(step.kernels, weights_.up, first, last, x, block, up, kGroupColumns);

@@ -68,8 +68,8 @@ class QuantizedBuffer {
   QuantizedBuffer(int64_t max_tokens, int64_t max_columns)
       : bytes_(max_tokens * padded_columns(max_columns) / kGroupColumns * kGroupBytes) {}
 
-  QuantizedRows rows(int64_t num_tokens, int64_t columns) const {
-    return packs_of(pack_size(num_tokens), num_tokens, columns);
+  QuantizedRows rows(const Kernels& kernels, int64_t num_tokens, int64_t columns) const {
+    return packs_of(pack_size(num_tokens, kernels.wide_pack), num_tokens, columns);
   }
   QuantizedRows packs_of(int64_t pack_size, int64_t num_tokens, int64_t columns) const {
     return {bytes_.data(), padded_columns(columns) / kGroupColumns, num_tokens, pack_size};
@@ -86,19 +86,22 @@ struct LinearInput {
   QuantizedRows quantized;
 };
 
-// Tokens that pass by one piece of a matrix, in packs: their activations stay near, in the L2 cache.
-constexpr int64_t kBlockPacks = 48;
+// Tokens that pass by one piece of a matrix, in whole packs: their activations stay near, in the L2 cache.
+constexpr int64_t kMaxTokenBlock = 288;
 
+inline int64_t packs_of_a_block(const LinearInput& x) { return kMaxTokenBlock / x.quantized.pack_size; }
 inline int64_t num_token_blocks(const LinearInput& x) {
-  return (x.quantized.num_packs() + kBlockPacks - 1) / kBlockPacks;
+  return (x.quantized.num_packs() + packs_of_a_block(x) - 1) / packs_of_a_block(x);
 }
-inline int64_t block_start(const LinearInput& x, int64_t block) { return block * kBlockPacks * x.quantized.pack_size; }
+inline int64_t block_start(const LinearInput& x, int64_t block) {
+  return block * packs_of_a_block(x) * x.quantized.pack_size;
+}
 
 // Rows of tiles [first, last) for the tokens of one block; out[0] is row 0 of the first tile for the
 // first of the tokens. Returns their number.
 inline int64_t multiply_tiles(const Kernels& kernels, const Matrix& w, int64_t first, int64_t last,
                               const LinearInput& x, int64_t block, float* out, int64_t out_stride) {
-  const QuantizedRows rows = x.quantized.packs(block * kBlockPacks, (block + 1) * kBlockPacks);
+  const QuantizedRows rows = x.quantized.packs(block * packs_of_a_block(x), (block + 1) * packs_of_a_block(x));
   if (is_float(w.format))
     kernels.matmul_float[int(w.format)](w.tiles, w.tile_stride(), first, last,
                                         x.floats.slice(block_start(x, block), rows.num_tokens), out, out_stride);

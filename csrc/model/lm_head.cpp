@@ -63,7 +63,7 @@ int64_t LMHead::bytes() const {
 void LMHead::forward(const Step& s, const Rows& normed) {
   const int64_t num_logits = s.batch.num_logits;
   const Input& input = this->input(s);
-  const LinearInput x = {input.floats.floats(num_logits), input.first_terms.rows(num_logits, weight_.columns)};
+  const LinearInput x = {input.floats.floats(num_logits), input.first_terms.rows(s.kernels, num_logits, weight_.columns)};
   gather(s, normed, x);
   for (int64_t i = 0; i < num_logits; ++i) candidates_[s.thread * max_logits_ + i].clear();
   if (s.thread == 0) {

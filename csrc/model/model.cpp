@@ -273,7 +273,7 @@ const Model::Stream& Model::stream(const Step& s) const {
 }
 
 LinearInput Model::input(const Step& s, const FloatRows& floats) const {
-  return {floats, stream(s).quantized.rows(s.batch.num_tokens, floats.columns)};
+  return {floats, stream(s).quantized.rows(s.kernels, s.batch.num_tokens, floats.columns)};
 }
 
 // As if this layer left the residual stream as it is. By every thread for itself.
@@ -281,7 +281,7 @@ Forecast Model::forecast(const Step& s, const Layer& next) const {
   const Stream& stream = this->stream(s);
   const int64_t num_tokens = s.batch.num_tokens;
   const LinearInput x = {stream.next_normed.floats(num_tokens),
-                         stream.next_quantized.rows(num_tokens, stream.next_normed.columns())};
+                         stream.next_quantized.rows(s.kernels, num_tokens, stream.next_normed.columns())};
   for (int64_t t = 0; t < num_tokens; ++t) {
     float* row = stream.next_normed.row(t);
     kernels_.rms_norm(stream.hidden.row(t), next.norms.mixer.data(), config_.hidden_size, config_.norm_eps, row);

@@ -62,11 +62,13 @@ def test_matmul_equals_reference(name: str, num_tokens: int, isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("num_tokens", [23, 75])
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_token_does_not_depend_on_its_batch(name: str, isa: str) -> None:
+def test_a_token_does_not_depend_on_its_batch(name: str, num_tokens: int, isa: str) -> None:
+    """Few packs and many, the last of them not full; a tile that has no neighbour."""
     columns = 256
     w = matrix(name, random_rows(name, 48, columns), columns)
-    x = np.random.default_rng(2).standard_normal((23, columns), np.float32)
+    x = np.random.default_rng(2).standard_normal((num_tokens, columns), np.float32)
     together = _native.matmul(w, x, isa, 2)
     for token in range(len(x)):
         alone = _native.matmul(w, x[token : token + 1], isa, 1)

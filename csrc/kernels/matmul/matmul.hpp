@@ -9,41 +9,10 @@
 // once: scales and minimums, and the values if that is worth it.
 #pragma once
 
-#include "common/unrolled.hpp"
-#include "kernels/types.hpp"
-#include "quant/tiles.hpp"
+#include "kernels/matmul/byte_tiles.hpp"
+#include "kernels/matmul/panel.hpp"
 
 namespace tael {
-
-// Groups of 32 columns in a panel: two tiles of it and the activations of a pack fit the L1 cache.
-constexpr int kPanelGroups = 32;
-
-// Bytes ahead of a weight that is used, from which its tile is fetched into the L2 cache: the hardware
-// prefetcher stops at the ends of 4 KiB pages. Into the L1 cache, which waits for no more than 24 lines
-// (Zen 4), and from half as far, products with one token took a quarter to a half longer.
-constexpr int kPrefetchBytes = 8192;
-inline void prefetch(const uint8_t* line) { __builtin_prefetch(line, 0, 2); }
-
-// One tile's part of a panel: scales and minimums in float. It reads like an opened block of a weight
-// format (quant/tiles.hpp).
-template <class S, int sub, int zero, bool has_min> struct PanelScales {
-  static constexpr int kSub = sub, kZero = zero, kParts = kGroupColumns / sub;
-  static constexpr bool kHasMin = has_min;
-  alignas(64) float scales[kPanelGroups * kParts * kTileRows];
-  alignas(64) float minimums[has_min ? kPanelGroups * kParts * kTileRows : 1];
-
-  typename S::F scale(int g, int part) const { return S::load(scales + (g * kParts + part) * kTileRows); }
-  typename S::F minimum(int g, int part) const { return S::load(minimums + (g * kParts + part) * kTileRows); }
-
-  // Of group g of an opened block, which is group `to` of the panel.
-  template <class T> void unpack_scales(const T& block, int g, int to) {
-    for (int part = 0; part < kParts; ++part) {
-      const int at = (to * kParts + part) * kTileRows;
-      S::store(scales + at, block.scale(g, part));
-      if constexpr (has_min) S::store(minimums + at, block.minimum(g, part));
-    }
-  }
-};
 
 // With the values as bytes.
 template <class S, int sub, int zero, bool has_min> struct Panel : PanelScales<S, sub, zero, has_min> {
@@ -150,21 +119,6 @@ void tile_times_pack(const uint8_t* tile, int64_t num_groups, const uint8_t* x, 
   for (int m = 0; m < kTokens; ++m) S::store(out + (first + m) * out_stride, acc[0][m]);
 }
 
-// Packed weights that are needed next, fetched in even shares while others are multiplied.
-struct Ahead {
-  const uint8_t* next;
-  int64_t stride;      // between tiles
-  int64_t share_bytes;
-  int64_t begin = 0;
-
-  template <int kTiles> inline __attribute__((always_inline)) void fetch_share() {
-    const int64_t end = begin + share_bytes;
-    for (int64_t i = (begin + 63) / 64 * 64; i < end; i += 64)
-      for (int t = 0; t < kTiles; ++t) prefetch(next + t * stride + i);
-    begin = end;
-  }
-};
-
 // Adds num_groups groups of the panels to out.
 template <class S, class P, int kTiles, int kTokens>
 void panels_times_pack(const P* panels, int num_groups, const uint8_t* x, int pack_tokens, int first, bool begin,
@@ -224,17 +178,27 @@ void quantized_matmul(const uint8_t* tiles, int64_t stride, int64_t first_tile, 
                       const QuantizedRows& x, float* out, int64_t out_stride) {
   int64_t t = first_tile;
   const int64_t num_packs = x.num_packs();
+  const auto times_pack = [&](int64_t tile, int64_t p, float* rows, auto fetch) __attribute__((always_inline)) {
+    const int n = x.pack_tokens(p);
+    split_pack<S::kTileTokens>(n, [&](int first, auto count) {
+      tile_times_pack<S, T, count, fetch>(tiles + tile * stride, x.num_groups, x.pack(p), n, first,
+                                          rows + p * x.pack_size * out_stride, out_stride);
+    });
+  };
+  if constexpr (HasByteTiles<S>)
+    if (x.pack_size == S::kWidePack) {
+      // A pack that is not whole is multiplied as few packs are.
+      const int64_t whole = x.num_tokens / S::kWidePack;
+      for (; t + 2 <= last_tile; t += 2, out += 2 * kTileRows) {
+        byte_tiles_matmul<S, T>(tiles + t * stride, stride, x, whole, out, out_stride);
+        for (int64_t p = whole; p < num_packs; ++p)
+          for (int i = 0; i < 2; ++i) times_pack(t + i, p, out + i * kTileRows, std::false_type{});
+      }
+    }
   if (num_packs <= S::kTilePacks) {
     for (; t < last_tile; ++t, out += kTileRows) {
-      const auto times_pack = [&](int64_t p, auto fetch) __attribute__((always_inline)) {
-        const int n = x.pack_tokens(p);
-        split_pack<S::kTileTokens>(n, [&](int first, auto count) {
-          tile_times_pack<S, T, count, fetch>(tiles + t * stride, x.num_groups, x.pack(p), n, first,
-                                              out + p * x.pack_size * out_stride, out_stride);
-        });
-      };
-      times_pack(0, std::true_type{});
-      for (int64_t p = 1; p < num_packs; ++p) times_pack(p, std::false_type{});
+      times_pack(t, 0, out, std::true_type{});
+      for (int64_t p = 1; p < num_packs; ++p) times_pack(t, p, out, std::false_type{});
     }
     return;
   }
