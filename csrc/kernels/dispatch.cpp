@@ -1,11 +1,8 @@
 #include "kernels/dispatch.hpp"
 
-#if defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 #include <stdexcept>
+
+#include "common/amx.hpp"
 
 namespace tael {
 
@@ -19,18 +16,6 @@ void set_products_amx(Kernels& kernels);
 
 namespace {
 
-#if defined(__x86_64__)
-// Linux gives a process the state of the tiles when it asks (Documentation/arch/x86/xstate.rst), for all of its threads.
-bool may_use_tiles() {
-#if defined(__linux__)
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-  return false;
-#endif
-}
-#endif
-
 // Each set is gated on every extension that its object file is compiled with.
 std::vector<Kernels> detect() {
   std::vector<Kernels> found;
@@ -41,8 +26,7 @@ std::vector<Kernels> detect() {
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512vnni")) {
-    if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
-        __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-int8") && may_use_tiles()) {
+    if (__builtin_cpu_supports("avx512bf16") && has_tiles()) {
       found.push_back(kernels_avx512());
       set_attention_avx512_bf16(found.back());
       set_products_amx(found.back());

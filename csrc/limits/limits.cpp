@@ -13,7 +13,9 @@
 #include <sys/mman.h>
 #endif
 
+#include "common/amx.hpp"
 #include "common/thread_pool.hpp"
+#include "limits/amx.hpp"
 #include "limits/avx512.hpp"
 
 namespace tael {
@@ -59,10 +61,11 @@ std::atomic<uint64_t> sink;
 #if defined(__x86_64__)
 constexpr int64_t kRounds = 1 << 20;
 
-double ops_per_s(int num_threads, int ops_per_dot, const std::function<void(int)>& pass) {
-  const double ops = double(num_threads) * kRounds * kDotsPerRound * ops_per_dot;
-  return ops / median_s(num_threads, pass);
+double ops_per_s(int num_threads, int ops_per_round, const std::function<void(int)>& pass) {
+  return double(num_threads) * kRounds * ops_per_round / median_s(num_threads, pass);
 }
+
+constexpr int kProductBytes = 16 * 64 * 16;
 #endif
 
 }  // namespace
@@ -84,16 +87,20 @@ double read_bytes_per_s(int num_threads, int64_t num_bytes) {
 
 std::optional<double> int8_ops_per_s([[maybe_unused]] int num_threads) {
 #if defined(__x86_64__)
+  if (has_tiles())
+    return ops_per_s(num_threads, 2 * kProductBytes * kProductsPerRound, [](int) { multiply_int8_tiles(kRounds); });
   if (__builtin_cpu_supports("avx512vnni"))
-    return ops_per_s(num_threads, 2 * 64, [](int) { sink = uint64_t(dot_int8_rounds(kRounds)); });
+    return ops_per_s(num_threads, 2 * 64 * kDotsPerRound, [](int) { sink = uint64_t(dot_int8_rounds(kRounds)); });
 #endif
   return {};
 }
 
 std::optional<double> bf16_flops_per_s([[maybe_unused]] int num_threads) {
 #if defined(__x86_64__)
+  if (has_tiles())
+    return ops_per_s(num_threads, kProductBytes * kProductsPerRound, [](int) { multiply_bf16_tiles(kRounds); });
   if (__builtin_cpu_supports("avx512bf16"))
-    return ops_per_s(num_threads, 2 * 32, [](int) { sink = uint64_t(dot_bf16_rounds(kRounds)); });
+    return ops_per_s(num_threads, 2 * 32 * kDotsPerRound, [](int) { sink = uint64_t(dot_bf16_rounds(kRounds)); });
 #endif
   return {};
 }
