@@ -49,7 +49,8 @@ struct Amx : Avx512BF16 {
     Tiles(const Tiles&) = delete;
     Tiles& operator=(const Tiles&) = delete;
 
-    // Strides are of rows of A and C and of pairs of B, `right` is from columns 0 to 15 of B to the others: of elements all.
+    // Strides, in elements, are of rows of A and C and of pairs of B; `right` is from columns 0 to 15 of B to the
+    // others.
     template <class Step>
     void multiply(int num_steps, Step&& step, int64_t a_stride, int64_t b_stride, int64_t right, float* c,
                   int64_t c_stride) const {
