@@ -46,10 +46,11 @@ def test_tiles_are_as_long_as_the_source(name: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("num_tokens", [1, 3, 16, 33, 512])
+@pytest.mark.parametrize("num_tokens", [1, 3, 16, 33, 293, 512])
 @pytest.mark.parametrize("name", FORMATS)
 def test_matmul_equals_reference(name: str, num_tokens: int, isa: str) -> None:
-    columns, num_rows = 512, 37
+    """Several panels; a block of 288 tokens and a few beyond it; a tile without a neighbour."""
+    columns, num_rows = 1280, 37
     raw = random_rows(name, num_rows, columns)
     x = np.random.default_rng(1).standard_normal((num_tokens, columns), np.float32)
     x[:, 64:96] = 0  # a group without any activation

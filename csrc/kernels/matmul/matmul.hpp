@@ -185,16 +185,15 @@ void quantized_matmul(const uint8_t* tiles, int64_t stride, int64_t first_tile, 
                                           rows + p * x.pack_size * out_stride, out_stride);
     });
   };
-  if constexpr (HasByteTiles<S>)
-    if (x.pack_size == S::kWidePack) {
-      // A pack that is not whole is multiplied as few packs are.
-      const int64_t whole = x.num_tokens / S::kWidePack;
-      for (; t + 2 <= last_tile; t += 2, out += 2 * kTileRows) {
-        byte_tiles_matmul<S, T>(tiles + t * stride, stride, x, whole, out, out_stride);
-        for (int64_t p = whole; p < num_packs; ++p)
-          for (int i = 0; i < 2; ++i) times_pack(t + i, p, out + i * kTileRows, std::false_type{});
-      }
+  if constexpr (HasByteTiles<S>) {
+    // A pack that is not whole is multiplied as few packs are; it may be the only one.
+    const int64_t whole = x.pack_size == S::kWidePack ? x.num_tokens / S::kWidePack : 0;
+    for (; whole > 0 && t + 2 <= last_tile; t += 2, out += 2 * kTileRows) {
+      byte_tiles_matmul<S, T>(tiles + t * stride, stride, x, whole, out, out_stride);
+      for (int64_t p = whole; p < num_packs; ++p)
+        for (int i = 0; i < 2; ++i) times_pack(t + i, p, out + i * kTileRows, std::false_type{});
     }
+  }
   if (num_packs <= S::kTilePacks) {
     for (; t < last_tile; ++t, out += kTileRows) {
       times_pack(t, 0, out, std::true_type{});
