@@ -2,21 +2,14 @@
 
 #include <immintrin.h>
 
-#include <cstdint>
+#include "simd/tile_shapes.hpp"
 
 namespace tael {
 namespace {
 
-struct alignas(64) Shapes {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
 // Calls fn with all tiles whole and zero.
 template <class Fn> void with_tiles(Fn&& fn) {
-  const Shapes shapes;
-  __asm__ volatile("ldtilecfg %0" ::"m"(shapes));
+  TileShapes().load();
   fn();
   _tile_release();
 }

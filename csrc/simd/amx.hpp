@@ -3,6 +3,7 @@
 #pragma once
 
 #include "simd/avx512_bf16.hpp"
+#include "simd/tile_shapes.hpp"
 
 namespace tael {
 
@@ -11,13 +12,6 @@ struct Amx : Avx512BF16 {
   static constexpr int kWidePack = 16;  // tokens
 
  private:
-  // What LDTILECFG loads.
-  struct alignas(64) Shapes {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {};
-    void load() const { asm volatile("ldtilecfg %0" ::"m"(*this)); }
-  };
   // What tiles are loaded from has been stored by then: GCC's intrinsics do not say that they read memory.
   static void finish_stores() { asm volatile("" ::: "memory"); }
 
@@ -38,11 +32,10 @@ struct Amx : Avx512BF16 {
     static constexpr int kRows = 32;
 
     explicit Tiles(int num_rows) : is_wide_(num_rows > 16) {
-      Shapes shapes;
+      TileShapes shapes;
       const int upper = is_wide_ ? 16 : num_rows;
       for (const int tile : {0, 1, 4}) shapes.rows[tile] = uint8_t(upper);
       for (const int tile : {2, 3, 5}) shapes.rows[tile] = uint8_t(is_wide_ ? num_rows - 16 : 1);
-      for (const int tile : {6, 7}) shapes.rows[tile] = 16;
       shapes.load();
     }
     ~Tiles() { _tile_release(); }
@@ -114,7 +107,7 @@ struct Amx : Avx512BF16 {
     static constexpr int64_t kProduct = 2 * kRows * 16;
 
     ByteTiles() {
-      Shapes shapes;
+      TileShapes shapes;
       for (int tile = 0; tile < 6; ++tile) shapes.rows[tile] = kRows;
       for (const int tile : {4, 5}) shapes.row_bytes[tile] = columns;
       for (const int tile : {6, 7}) shapes.rows[tile] = columns / 4;
