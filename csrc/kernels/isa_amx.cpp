@@ -8,6 +8,7 @@ void set_products_amx(Kernels& kernels) {
   kernels.name = Amx::kName;
   kernels.wide_pack = Amx::kWidePack;
   kernels.attention_partition = AttentionKernel<Amx>::partition;
+  kernels.score_bounds = score_bounds<Amx>;
   set_quantized_matmul<Amx>(kernels);
 }
 

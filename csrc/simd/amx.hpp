@@ -21,13 +21,15 @@ struct Amx : Avx512BF16 {
     const uint16_t *a, *b, *next_b;
   };
 
-  // Products of bf16, as long as it lives, of that many rows:
+  // Products of bf16, as long as it lives, of that many rows and 16 or 32 columns:
   //
-  //     C [rows][32] = sum over steps of A [rows][32] * B [16 pairs][32 columns][2]        rows <= 32
+  //     C [rows][columns] = sum over steps of A [rows][32] * B [16 pairs][columns][2]        rows <= 32
   //
   // A step adds to each element the sum of 16 even products and that of 16 odd ones, so a row does not depend on
-  // the others. Subnormal numbers are taken for zero.
-  class Tiles {
+  // the others, nor does a column. Subnormal numbers are taken for zero.
+  template <int columns> class Tiles {
+    static_assert(columns == 16 || columns == 32);
+
    public:
     static constexpr int kRows = 32;
 
@@ -43,7 +45,7 @@ struct Amx : Avx512BF16 {
     Tiles& operator=(const Tiles&) = delete;
 
     // Strides, in elements, are of rows of A and C and of pairs of B; `right` is from columns 0 to 15 of B to the
-    // others.
+    // others, if there are more.
     template <class Step>
     void multiply(int num_steps, Step&& step, int64_t a_stride, int64_t b_stride, int64_t right, float* c,
                   int64_t c_stride) const {
@@ -58,37 +60,36 @@ struct Amx : Avx512BF16 {
     template <bool is_wide, class Step>
     static void multiply(int num_steps, Step& step, int64_t a_stride, int64_t b_stride, int64_t right, float* c,
                          int64_t c_stride) {
+      constexpr bool has_right = columns == 32;
       finish_stores();
       _tile_zero(0);
-      _tile_zero(1);
-      if constexpr (is_wide) {
-        _tile_zero(2);
-        _tile_zero(3);
-      }
+      if constexpr (has_right) _tile_zero(1);
+      if constexpr (is_wide) _tile_zero(2);
+      if constexpr (is_wide && has_right) _tile_zero(3);
       for (int i = 0; i < num_steps; ++i) {
         const TileStep s = step(i);
         if (s.next_b)
           for (int pair = 0; pair < 16; ++pair) {
             __builtin_prefetch(s.next_b + pair * b_stride, 0, 2);
-            __builtin_prefetch(s.next_b + pair * b_stride + right, 0, 2);
+            if constexpr (has_right) __builtin_prefetch(s.next_b + pair * b_stride + right, 0, 2);
           }
         _tile_loadd(6, s.b, 2 * b_stride);
         _tile_loadd(4, s.a, 2 * a_stride);
         _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, s.b + right, 2 * b_stride);
-        _tile_dpbf16ps(1, 4, 7);
+        if constexpr (has_right) {
+          _tile_loadd(7, s.b + right, 2 * b_stride);
+          _tile_dpbf16ps(1, 4, 7);
+        }
         if constexpr (is_wide) {
           _tile_loadd(5, s.a + 16 * a_stride, 2 * a_stride);
           _tile_dpbf16ps(2, 5, 6);
-          _tile_dpbf16ps(3, 5, 7);
         }
+        if constexpr (is_wide && has_right) _tile_dpbf16ps(3, 5, 7);
       }
       _tile_stored(0, c, 4 * c_stride);
-      _tile_stored(1, c + 16, 4 * c_stride);
-      if constexpr (is_wide) {
-        _tile_stored(2, c + 16 * c_stride, 4 * c_stride);
-        _tile_stored(3, c + 16 * c_stride + 16, 4 * c_stride);
-      }
+      if constexpr (has_right) _tile_stored(1, c + 16, 4 * c_stride);
+      if constexpr (is_wide) _tile_stored(2, c + 16 * c_stride, 4 * c_stride);
+      if constexpr (is_wide && has_right) _tile_stored(3, c + 16 * c_stride + 16, 4 * c_stride);
     }
 
     const bool is_wide_;

@@ -14,11 +14,9 @@
 #include "kernels/kv_block/unpack.hpp"
 #include "kernels/math.hpp"
 #include "kernels/types.hpp"
+#include "simd/has_tiles.hpp"
 
 namespace tael {
-
-template <class S>
-concept HasTiles = requires { typename S::Tiles; };
 
 template <class S> struct AttentionKernel {
   using F = typename S::F;
@@ -144,7 +142,7 @@ template <class S> struct AttentionKernel {
       memset(last + there, 0, (size - there) * sizeof(uint16_t));
       open = last;
     }
-    constexpr int most = S::Tiles::kRows;
+    constexpr int most = S::template Tiles<32>::kRows;
     for (int row = 0; row < task.num_rows(); row += most) {
       const int rest = task.num_rows() - row;
       chunk_tiles(task, row, rest < most ? rest : most, chunk, values, states + row * stride, stride);
@@ -153,13 +151,13 @@ template <class S> struct AttentionKernel {
 
   static void chunk_tiles(const AttentionTask& task, int first_row, int num_rows, const Chunk& chunk,
                           const uint16_t* const* values, float* states, int64_t stride) {
-    constexpr int most = S::Tiles::kRows;
+    constexpr int most = S::template Tiles<32>::kRows;
     alignas(64) float scores[most][kChunkTokens], sums[most][32];
     alignas(64) uint16_t weights[most][kChunkTokens];
     float rescale[most];
     const int head_dim = task.head_dim;
     const int64_t size = int64_t(kBlockTokens) * head_dim;
-    const typename S::Tiles tiles(num_rows);
+    const typename S::template Tiles<32> tiles(num_rows);
     // The first rows fetch the block that will be needed in the place of this one.
     const auto next = [&](const typename Chunk::Block& block) {
       return first_row == 0 && block.next != block.data ? (const uint16_t*)block.next : nullptr;

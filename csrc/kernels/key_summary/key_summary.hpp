@@ -21,6 +21,7 @@
 #include "common/half.hpp"
 #include "common/unrolled.hpp"
 #include "kernels/types.hpp"
+#include "simd/has_tiles.hpp"
 
 namespace tael {
 
@@ -54,6 +55,14 @@ inline void keep_larger(float& score, float other, bool is_first) {
   if (is_first || !(other <= score)) score = other;
 }
 
+// What is multiplied with the least and the largest key of a channel.
+inline void split_query(uint16_t query, uint16_t* parts) {
+  const bool negative = query >> 15;
+  const uint16_t quarter = float_to_bf16(0.25f * bf16_to_float(query));
+  parts[0] = negative ? query : quarter;
+  parts[1] = negative ? quarter : query;
+}
+
 template <class S, int kRows>
 void score_bounds_of_rows(const AttentionTask& task, int first_row, const uint8_t* summaries, int64_t block_bytes,
                           int num_blocks, float* scores) {
@@ -66,17 +75,9 @@ void score_bounds_of_rows(const AttentionTask& task, int first_row, const uint8_
       for (int64_t at = 0; at < bounds_bytes(head_dim); at += 64) __builtin_prefetch(summary(b) + at);
   };
   for (int b = 0; b < kAhead; ++b) fetch(b);
-  // Of each channel what is multiplied with the least and the largest key.
   alignas(64) uint16_t parts[kRows][2 * kMaxHeadDim];
-  for (int r = 0; r < kRows; ++r) {
-    const uint16_t* query = task.query(first_row + r);
-    for (int d = 0; d < head_dim; ++d) {
-      const bool negative = query[d] >> 15;
-      const uint16_t quarter = float_to_bf16(0.25f * bf16_to_float(query[d]));
-      parts[r][2 * d] = negative ? query[d] : quarter;
-      parts[r][2 * d + 1] = negative ? quarter : query[d];
-    }
-  }
+  for (int r = 0; r < kRows; ++r)
+    for (int d = 0; d < head_dim; ++d) split_query(task.query(first_row + r)[d], parts[r] + 2 * d);
   for (int b = 0; b < num_blocks; b += kBlocks) {
     for (int i = 0; i < kBlocks; ++i) fetch(b + kAhead + i);
     const int second = b + 1 < num_blocks ? b + 1 : b;
@@ -100,10 +101,55 @@ void score_bounds_of_rows(const AttentionTask& task, int first_row, const uint8_
   }
 }
 
+// 32 blocks and 16 rows of the task at a time: bounds of blocks are the rows of tiles, queries their columns.
+template <class S>
+void score_bounds_in_tiles(const AttentionTask& task, int first_row, const uint8_t* summaries, int64_t block_bytes,
+                           int num_blocks, float* scores) {
+  constexpr int kBlocks = 32, kColumns = 16;
+  const int head_dim = task.head_dim;
+  const auto summary = [&](int b) { return summaries + task.block_table[b] * block_bytes; };
+  const auto fetch = [&](int b) {
+    if (first_row == 0 && b < num_blocks)
+      for (int64_t at = 0; at < bounds_bytes(head_dim); at += 64) __builtin_prefetch(summary(b) + at);
+  };
+  for (int b = 0; b < kBlocks; ++b) fetch(b);
+  alignas(64) uint16_t queries[kMaxHeadDim][kColumns][2], bounds[kBlocks][2 * kMaxHeadDim];
+  alignas(64) float sums[kBlocks][kColumns];
+  for (int c = 0; c < kColumns; ++c) {
+    const uint16_t* query = task.query(std::min(first_row + c, task.num_rows() - 1));
+    for (int d = 0; d < head_dim; ++d) split_query(query[d], queries[d][c]);
+  }
+  const typename S::template Tiles<kColumns> tiles(kBlocks);
+  for (int first = 0; first < num_blocks; first += kBlocks) {
+    for (int i = 0; i < kBlocks; ++i) {
+      fetch(first + kBlocks + i);
+      const uint8_t* block = summary(std::min(first + i, num_blocks - 1));
+      for (int64_t at = 0; at < bounds_bytes(head_dim); at += 64)
+        S::store_bytes((uint8_t*)bounds[i] + at, S::load_bytes(block + at));
+    }
+    tiles.multiply(
+        head_dim / 16, [&](int i) { return typename S::TileStep{bounds[0] + 32 * i, queries[16 * i][0], nullptr}; },
+        2 * kMaxHeadDim, 2 * kColumns, 0, sums[0], kColumns);
+    for (int i = 0; i < kBlocks && first + i < num_blocks; i += 4) {
+      typename S::F four[4];
+      for (int j = 0; j < 4; ++j) four[j] = S::load(sums[i + j]);
+      float largest[4];
+      S::store_maxima(largest, four);
+      for (int j = 0; j < 4 && first + i + j < num_blocks; ++j)
+        keep_larger(scores[first + i + j], largest[j], first_row == 0);
+    }
+  }
+}
+
 // Scores of blocks for the queries of a task: of each block the largest over the rows. `summaries` is of
 // the first block of the pool, block_bytes between them, and need not have codes.
 template <class S> void score_bounds(const AttentionTask& task, const uint8_t* summaries, int64_t block_bytes,
                                      int num_blocks, float* scores) {
+  if constexpr (HasTiles<S>) {
+    for (int row = 0; row < task.num_rows(); row += 16)
+      score_bounds_in_tiles<S>(task, row, summaries, block_bytes, num_blocks, scores);
+    return;
+  }
   for_rows<S>(task, [&](auto rows, int first_row) {
     score_bounds_of_rows<S, rows>(task, first_row, summaries, block_bytes, num_blocks, scores);
   });

@@ -7,9 +7,6 @@
 
 namespace tael {
 
-template <class S>
-concept HasByteTiles = requires { typename S::template ByteTiles<32>; };
-
 // With the values as int8, without their zero point.
 template <class S, class T> struct SignedPanel : PanelScales<S, T::kSub, T::kZero, T::kHasMin> {
   alignas(64) int8_t bytes[kPanelGroups * tiles::kBytes];
