@@ -45,6 +45,7 @@ def install() -> None:
     options = {
         "CMAKE_BUILD_TYPE": "Release",
         "GGML_NATIVE": "ON",
+        "CMAKE_CXX_FLAGS": f"-include {Path(__file__).with_name('amx_of_gcc.hpp')}",
         "LLAMA_BUILD_SERVER": "ON",
         "LLAMA_USE_PREBUILT_UI": "OFF",
         "LLAMA_BUILD_TESTS": "OFF",
