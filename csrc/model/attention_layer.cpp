@@ -29,15 +29,21 @@ AttentionWorkspace::AttentionWorkspace(const Limits& limits, int num_threads,
   const int64_t unpacked = unpacks ? kChunkBlocks * bf16_head_bytes(head_dim) / 2 : 0;
   const int64_t blocks = selects ? limits.max_model_len / kBlockTokens : 0;
   for (int t = 0; t < num_threads; ++t)
-    scratch.push_back({Buffer<float>(2 * states), Buffer<float>(head_dim), Buffer<uint16_t>(piece_q),
-                       Buffer<uint16_t>(unpacked), Buffer<int32_t>(limits.max_model_len / kBlockTokens + 1),
-                       BlockSelection(blocks), states});
+    scratch.push_back({Buffer<float>(2 * states),
+                       Buffer<float>(head_dim),
+                       Buffer<uint16_t>(unpacked),
+                       Buffer<int32_t>(limits.max_model_len / kBlockTokens + 1),
+                       {Buffer<uint16_t>(piece_q), BlockSelection(blocks)},
+                       {Buffer<uint16_t>(selects ? piece_q : 0), BlockSelection(blocks)},
+                       states});
 }
 
 int64_t AttentionWorkspace::bytes() const {
   int64_t bytes = q.bytes() + next_q.bytes() + k.bytes() + v.bytes() + out.bytes() + shared_states.bytes();
-  for (const Scratch& s : scratch)
-    bytes += s.states.bytes() + s.head.bytes() + s.q.bytes() + s.unpacked.bytes() + s.slots.bytes() + s.selection.bytes();
+  for (const Scratch& s : scratch) {
+    bytes += s.states.bytes() + s.head.bytes() + s.unpacked.bytes() + s.slots.bytes();
+    for (const Queries* queries : {&s.own, &s.next}) bytes += queries->q.bytes() + queries->selection.bytes();
+  }
   return bytes;
 }
 
@@ -71,14 +77,8 @@ void AttentionLayer::attend(const Step& step, const LinearInput& x, const RopeTa
                    config_.shape.head_dim, (uint16_t*)rows.head(superblock.row, kv_head));
     });
   }
-  const int next_heads = next ? next->layer->config_.shape.num_kv_heads : 0;
-  const int64_t num_forecasts = step.batch.num_seqs * next_heads;
-  step.pool.parallel_for(step.thread, num_forecasts + int64_t(plan.pieces().size()), [&](int64_t i) {
-    if (i < num_forecasts)
-      next->layer->prefetch(step, *next->rope, ws, int32_t(i / next_heads), int32_t(i % next_heads));
-    else
-      run_piece(step, rope, plan, ws, plan.pieces()[i - num_forecasts]);
-  });
+  step.pool.parallel_for(step.thread, int64_t(plan.pieces().size()),
+                         [&](int64_t i) { run_piece(step, rope, plan, ws, plan.pieces()[i], next); });
 }
 
 namespace {
@@ -86,34 +86,47 @@ namespace {
 constexpr int kPartitionBlocks = kPartitionTokens / kBlockTokens;
 
 // Walks partitions of a task in order. The blocks of a tiered pool are brought into memory a few partitions
-// ahead of the one that is computed.
+// ahead of the one that is computed: those of the first are on their way from the start.
 class PartitionWalk {
  public:
-  PartitionWalk(const Kernels& kernels, const AttentionTask& task, TieredPool* tiered, int first_head, int last_partition,
-                int32_t* slots)
-      : kernels_(kernels), task_(task), tiered_(tiered), head_(first_head + task.kv_head), last_(last_partition),
-        blocks_(task.block_table), slots_(slots) {
+  PartitionWalk(const Kernels& kernels, const AttentionTask& task, TieredPool* tiered, int first_head,
+                int first_partition, int last_partition, int32_t* slots)
+      : kernels_(kernels), task_(task), tiered_(tiered), head_(first_head + task.kv_head), first_(first_partition),
+        last_(last_partition), blocks_(task.block_table), slots_(slots), num_begun_(first_partition) {
     if (!tiered_) return;
     task_.block_table = slots;
     task_.kv_head = 0;  // of a slot
+    begin_until(first_ + kAhead);
   }
 
-  void run(int partition, float* states) {
-    if (!tiered_) {
-      kernels_.attention_partition(task_, partition, states);
-      return;
+  // All partitions merged, into the first of two sets of states.
+  void run(float* states, int64_t state_floats) {
+    float *total = states, *next = total + state_floats;
+    run_partition(first_, total);
+    for (int p = first_ + 1; p < last_; ++p) {
+      run_partition(p, next);
+      kernels_.attention_merge(total, next, task_.num_rows(), task_.head_dim);
     }
-    if (num_begun_ <= partition) num_begun_ = partition;
-    for (; num_begun_ < last_ && num_begun_ < partition + kAhead; ++num_begun_)
-      tiered_->pin(head_, blocks_ + begin(num_begun_), count(num_begun_), slots_ + begin(num_begun_));
-    tiered_->wait(slots_ + begin(partition), count(partition));
-    kernels_.attention_partition(task_, partition, states);
-    tiered_->unpin(slots_ + begin(partition), count(partition));
   }
 
  private:
   static constexpr int kAhead = 5;  // so many in all
   static_assert(kAhead * kPartitionBlocks <= TieredPool::kMaxPinned);
+
+  void run_partition(int partition, float* states) {
+    if (!tiered_) {
+      kernels_.attention_partition(task_, partition, states);
+      return;
+    }
+    begin_until(partition + kAhead);
+    tiered_->wait(slots_ + begin(partition), count(partition));
+    kernels_.attention_partition(task_, partition, states);
+    tiered_->unpin(slots_ + begin(partition), count(partition));
+  }
+  void begin_until(int partition) {
+    for (; num_begun_ < std::min(partition, last_); ++num_begun_)
+      tiered_->pin(head_, blocks_ + begin(num_begun_), count(num_begun_), slots_ + begin(num_begun_));
+  }
 
   // Complete blocks of a partition.
   static int begin(int partition) { return partition * kPartitionBlocks; }
@@ -124,25 +137,13 @@ class PartitionWalk {
   const Kernels& kernels_;
   AttentionTask task_;
   TieredPool* const tiered_;
-  const int head_, last_;
+  const int head_, first_, last_;
   const int32_t* const blocks_;
   int32_t* const slots_;
-  int num_begun_ = 0;
+  int num_begun_;
 };
 
 }  // namespace
-
-// All partitions of a task, into the first of the thread's states.
-void AttentionLayer::attend_whole(const Step& step, const AttentionTask& task, int first_partition, int last_partition,
-                                  const AttentionWorkspace::Scratch& scratch) const {
-  float *total = scratch.states.data(), *next = total + scratch.state_floats;
-  PartitionWalk walk(step.kernels, task, tiered_, config_.first_head, last_partition, scratch.slots.data());
-  walk.run(first_partition, total);
-  for (int p = first_partition + 1; p < last_partition; ++p) {
-    walk.run(p, next);
-    step.kernels.attention_merge(total, next, task.num_rows(), task.head_dim);
-  }
-}
 
 // The task of a token over `budget` blocks: as if the sequence had no others. These are the sinks, the recent
 // ones, and the best of those between; of superblocks and of blocks with equal scores the earliest.
@@ -200,9 +201,25 @@ int AttentionLayer::find_candidates(const Step& step, const AttentionTask& task,
   return int(end - selection.candidates.data());
 }
 
-AttentionTask AttentionLayer::task_of(const Step& step, const AttentionPiece& piece,
-                                      const AttentionWorkspace::Scratch& scratch) const {
+// The task of a piece, with its queries in room for them.
+AttentionTask AttentionLayer::task_of(const Step& step, const RopeTable& rope, const AttentionWorkspace& ws,
+                                      const Rows& q, const AttentionPiece& piece,
+                                      AttentionWorkspace::Queries& queries) const {
+  constexpr float kLog2E = 1.44269504088896341f;
   const AttentionShape& shape = config_.shape;
+  const AttentionWorkspace::Scratch& scratch = ws.scratch[step.thread];
+  const int heads = shape.heads_per_kv_head();
+  float* head = scratch.head.data();
+  uint16_t* out = queries.q.data();
+  for (int64_t token = piece.first_token; token < piece.first_token + piece.num_tokens; ++token)
+    for (int64_t h = piece.kv_head * heads; h < (piece.kv_head + 1) * heads; ++h, out += shape.head_dim) {
+      memcpy(head, q.row(token) + h * shape.head_dim, shape.head_dim * sizeof(float));
+      if (weights_.q_bias) step.kernels.add(head, weights_.q_bias.data() + h * shape.head_dim, shape.head_dim);
+      if (weights_.q_norm)
+        step.kernels.rms_norm(head, weights_.q_norm.data(), shape.head_dim, config_.norm_eps, head);
+      step.kernels.rope(head, rope.cos_of(token), rope.sin_of(token), rope.num_pairs());
+      step.kernels.to_bf16(head, config_.scale * kLog2E, shape.head_dim, out);
+    }
   const int32_t first_position = step.batch.positions[piece.first_token];
   return {
       .complete = &complete_,
@@ -211,12 +228,12 @@ AttentionTask AttentionLayer::task_of(const Step& step, const AttentionPiece& pi
       .open = open_keys(step.batch, piece.seq, first_position / kBlockTokens, piece.kv_head),
       .unpacked = scratch.unpacked.data(),
       .kv_head = piece.kv_head,
-      .num_heads = shape.heads_per_kv_head(),
+      .num_heads = heads,
       .head_dim = shape.head_dim,
       .num_tokens = piece.num_tokens,
       .first_position = first_position,
       .window = shape.window,
-      .q = scratch.q.data(),
+      .q = queries.q.data(),
   };
 }
 
@@ -227,44 +244,45 @@ void AttentionLayer::prefetch(const Step& step, const RopeTable& rope, Attention
   if (step.batch.kv_budgets[token] == 0) return;
   const int32_t budget = budget_of_layer(step.batch.kv_budgets[token], config_.shape.budget_percent);
   if (step.batch.positions[token] / kBlockTokens < budget) return;
-  AttentionWorkspace::Scratch& scratch = ws.scratch[step.thread];
-  const AttentionPiece piece = {seq, kv_head, token, 1, 0, 0, -1, budget};
-  prepare_queries(step, rope, ws, ws.next_q, piece);
-  const AttentionTask chosen = select(step, task_of(step, piece, scratch), seq, budget, scratch.selection);
+  AttentionWorkspace::Queries& queries = ws.scratch[step.thread].next;
+  const AttentionTask task =
+      task_of(step, rope, ws, ws.next_q, {seq, kv_head, token, 1, 0, 0, -1, budget}, queries);
+  const AttentionTask chosen = select(step, task, seq, budget, queries.selection);
   tiered_->prefetch(config_.first_head + kv_head, chosen.block_table, chosen.first_position / kBlockTokens);
 }
 
-void AttentionLayer::run_piece(const Step& step, const RopeTable& rope, AttentionPlan& plan,
-                               AttentionWorkspace& ws, const AttentionPiece& piece) const {
-  const Kernels& kernels = step.kernels;
+void AttentionLayer::run_piece(const Step& step, const RopeTable& rope, AttentionPlan& plan, AttentionWorkspace& ws,
+                               const AttentionPiece& piece, const Forecast* next) const {
   AttentionWorkspace::Scratch& scratch = ws.scratch[step.thread];
-  const AttentionShape& shape = config_.shape;
-  const AttentionTask task = task_of(step, piece, scratch);
-  if (step.batch.is_decode() && task.first_position / kPartitionTokens == piece.last_partition - 1)
-    append(step, rope, ws, piece.first_token, piece.kv_head);
-  prepare_queries(step, rope, ws, ws.q, piece);
-
+  const int32_t position = step.batch.positions[piece.first_token];
+  const bool is_newest = step.batch.is_decode() && position / kPartitionTokens == piece.last_partition - 1;
+  if (is_newest) append(step, rope, ws, piece.first_token, piece.kv_head);
+  AttentionTask task = task_of(step, rope, ws, ws.q, piece, scratch.own);
+  int last_partition = piece.last_partition;
   if (piece.budget > 0) {
-    const AttentionTask chosen = select(step, task, piece.seq, piece.budget, scratch.selection);
-    attend_whole(step, chosen, 0, chosen.first_position / kPartitionTokens + 1, scratch);
-    finish(piece, chosen, step, ws, scratch.states.data());
-    return;
+    task = select(step, task, piece.seq, piece.budget, scratch.own.selection);
+    last_partition = task.first_position / kPartitionTokens + 1;
   }
+  PartitionWalk walk(step.kernels, task, tiered_, config_.first_head, piece.first_partition, last_partition,
+                     scratch.slots.data());
+  // While this layer's blocks are on their way: asked for before them, the next layer's would delay them.
+  if (is_newest && next)
+    for (int32_t h = piece.kv_head; h < next->layer->config_.shape.num_kv_heads; h += config_.shape.num_kv_heads)
+      next->layer->prefetch(step, *next->rope, ws, piece.seq, h);
   if (piece.merge < 0) {
-    attend_whole(step, task, piece.first_partition, piece.last_partition, scratch);
+    walk.run(scratch.states.data(), scratch.state_floats);
     finish(piece, task, step, ws, scratch.states.data());
     return;
   }
-  const int64_t floats = task.num_rows() * attention_state_floats(shape.head_dim);
+  const int64_t floats = task.num_rows() * attention_state_floats(task.head_dim);
   AttentionMerge& merge = plan.merge(piece.merge);
   float* total = ws.shared_states.data() + merge.states;
-  PartitionWalk(kernels, task, tiered_, config_.first_head, piece.last_partition, scratch.slots.data())
-      .run(piece.first_partition, total + (piece.first_partition - merge.first_partition) * floats);
+  walk.run(total + (piece.first_partition - merge.first_partition) * floats, 0);
   // The last to finish merges.
   if (merge.num_finished.fetch_add(1, std::memory_order_acq_rel) + 1 < merge.num_partitions) return;
   merge.num_finished.store(0, std::memory_order_relaxed);
   for (int p = 1; p < merge.num_partitions; ++p)
-    kernels.attention_merge(total, total + p * floats, task.num_rows(), shape.head_dim);
+    step.kernels.attention_merge(total, total + p * floats, task.num_rows(), task.head_dim);
   finish(piece, task, step, ws, total);
 }
 
@@ -276,25 +294,6 @@ void AttentionLayer::finish(const AttentionPiece& piece, const AttentionTask& ta
     step.kernels.attention_finish(states + r * attention_state_floats(head_dim), head_dim,
                                   ws.out.row(piece.first_token + r / task.num_heads) + head * head_dim);
   }
-}
-
-// The queries of a piece as the kernels take them, into the thread's scratch.
-void AttentionLayer::prepare_queries(const Step& step, const RopeTable& rope, const AttentionWorkspace& ws,
-                                     const Rows& q, const AttentionPiece& piece) const {
-  constexpr float kLog2E = 1.44269504088896341f;
-  const Kernels& kernels = step.kernels;
-  const AttentionWorkspace::Scratch& scratch = ws.scratch[step.thread];
-  const int head_dim = config_.shape.head_dim, heads = config_.shape.heads_per_kv_head();
-  float* head = scratch.head.data();
-  uint16_t* out = scratch.q.data();
-  for (int64_t token = piece.first_token; token < piece.first_token + piece.num_tokens; ++token)
-    for (int64_t h = piece.kv_head * heads; h < (piece.kv_head + 1) * heads; ++h, out += head_dim) {
-      memcpy(head, q.row(token) + h * head_dim, head_dim * sizeof(float));
-      if (weights_.q_bias) kernels.add(head, weights_.q_bias.data() + h * head_dim, head_dim);
-      if (weights_.q_norm) kernels.rms_norm(head, weights_.q_norm.data(), head_dim, config_.norm_eps, head);
-      kernels.rope(head, rope.cos_of(token), rope.sin_of(token), rope.num_pairs());
-      kernels.to_bf16(head, config_.scale * kLog2E, head_dim, out);
-    }
 }
 
 // K of one head, and V after it, of a block whose tokens are being computed.
@@ -327,7 +326,7 @@ void AttentionLayer::append(const Step& step, const RopeTable& rope, const Atten
   uint16_t* const open = open_keys(batch, seq, position / kBlockTokens, kv_head);
   const int slot = position % kBlockTokens;
   float* head = scratch.head.data();
-  uint16_t* rounded = scratch.q.data();
+  uint16_t* rounded = scratch.own.q.data();
 
   memcpy(head, ws.k.row(token) + kv_head * head_dim, head_dim * sizeof(float));
   if (weights_.k_bias) kernels.add(head, weights_.k_bias.data() + kv_head * head_dim, head_dim);

@@ -35,14 +35,18 @@ struct AttentionWorkspace {
                      bool selects);
   int64_t bytes() const;
 
+  // Queries as the kernels take them, and the blocks that they choose.
+  struct Queries {
+    Buffer<uint16_t> q;
+    BlockSelection selection;
+  };
   // What a thread needs for one piece.
   struct Scratch {
     Buffer<float> states;     // two sets
     Buffer<float> head;       // of a query, a key or a value
-    Buffer<uint16_t> q;
     Buffer<uint16_t> unpacked;  // a chunk of KV blocks
     Buffer<int32_t> slots;      // of a tiered pool, by entry of a block table
-    BlockSelection selection;
+    Queries own, next;          // next: see Forecast
     int64_t state_floats;     // of one set
   };
   Rows q, k, v, out;
@@ -95,20 +99,17 @@ class AttentionLayer {
 
  private:
   void run_piece(const Step& step, const RopeTable& rope, AttentionPlan& plan, AttentionWorkspace& ws,
-                 const AttentionPiece& piece) const;
+                 const AttentionPiece& piece, const Forecast* next) const;
   void finish(const AttentionPiece& piece, const AttentionTask& task, const Step& step, const AttentionWorkspace& ws,
               const float* states) const;
   void prefetch(const Step& step, const RopeTable& rope, AttentionWorkspace& ws, int32_t seq, int32_t kv_head) const;
-  void prepare_queries(const Step& step, const RopeTable& rope, const AttentionWorkspace& ws, const Rows& q,
-                       const AttentionPiece& piece) const;
-  AttentionTask task_of(const Step& step, const AttentionPiece& piece, const AttentionWorkspace::Scratch& scratch) const;
+  AttentionTask task_of(const Step& step, const RopeTable& rope, const AttentionWorkspace& ws, const Rows& q,
+                        const AttentionPiece& piece, AttentionWorkspace::Queries& queries) const;
   void append(const Step& step, const RopeTable& rope, const AttentionWorkspace& ws, int64_t token, int kv_head) const;
   AttentionTask select(const Step& step, const AttentionTask& task, int32_t seq, int budget,
                        BlockSelection& selection) const;
   int find_candidates(const Step& step, const AttentionTask& task, int32_t seq, int budget, int first, int last,
                       BlockSelection& selection) const;
-  void attend_whole(const Step& step, const AttentionTask& task, int first_partition, int last_partition,
-                    const AttentionWorkspace::Scratch& scratch) const;
   // Of a complete block, or of the slot that its head is in.
   uint8_t* complete_head(int32_t place, int kv_head) const { return complete_.head(place, tiered_ ? 0 : kv_head); }
   void complete_block(const Step& step, int32_t seq, int32_t block, int kv_head) const;

@@ -104,6 +104,18 @@ def test_sparse_reading_equals_reference(
     np.testing.assert_array_equal(actual[: 32 * 9], dense[: 32 * 9])
 
 
+@pytest.mark.usefixtures("isa")
+def test_candidates_among_more_blocks_and_heads_than_fit_into_tiles() -> None:
+    spec = random_spec(18, 1, 32, [None], key_summaries=True)
+    checkpoint = RandomCheckpoint(spec)
+    length = 32 * 46 + 7
+    budgets = np.where(np.arange(length) < length - 40, 0, 11).astype(np.int32)
+    tokens, steps = [random_tokens(0, length)], [{0: length - 1}, {0: 1}]
+    expected = compute(spec, RoundingReference(spec, checkpoint), tokens, steps, budgets)[0]
+    actual = compute(spec, random_cpu_backend(spec, checkpoint, 2), tokens, steps, budgets)[0]
+    assert np.abs(actual - expected).max() < TOLERANCE
+
+
 @pytest.mark.parametrize("percent", [50, 250])
 def test_a_layer_reads_its_share_of_a_budget(percent: int) -> None:
     """Not fewer than the least, and all of what its share holds."""
