@@ -1,6 +1,6 @@
 """Decoding behind up to a million tokens, in one memory budget.
 
-    python -m benchmarks.million_tokens [--tokens 1M] [--memory 1700MiB]
+    python -m benchmarks.million_tokens [--tokens 1M] [--memory 3400MiB]
 
 A model with the shape and the weight formats of one of the catalogue, its weights random: none of
 them was trained for such lengths, and what a token costs does not depend on what it says. The
@@ -150,7 +150,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--like", default="qwen2.5-coder:0.5b")
     parser.add_argument("--tokens", type=token_count, default=1 << 20)
-    parser.add_argument("--memory", type=byte_size, default=byte_size("1700MiB"))
+    parser.add_argument("--memory", type=byte_size, default=byte_size("3400MiB"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
