@@ -36,7 +36,7 @@ def plot(
         axes.plot(*zip(*line, strict=True), linestyle="--", color=color, label=name)
     if log_x:
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.set_ylim(bottom=0)
