@@ -105,10 +105,10 @@ def test_sparse_reading_equals_reference(
 
 
 @pytest.mark.usefixtures("isa")
-def test_candidates_among_more_blocks_and_heads_than_fit_into_tiles() -> None:
+def test_candidates_of_more_heads_than_a_tile_has_columns() -> None:
     spec = random_spec(18, 1, 32, [None], key_summaries=True)
     checkpoint = RandomCheckpoint(spec)
-    length = 32 * 46 + 7
+    length = 32 * 34 + 7
     budgets = np.where(np.arange(length) < length - 40, 0, 11).astype(np.int32)
     tokens, steps = [random_tokens(0, length)], [{0: length - 1}, {0: 1}]
     expected = compute(spec, RoundingReference(spec, checkpoint), tokens, steps, budgets)[0]
