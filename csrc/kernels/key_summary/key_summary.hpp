@@ -50,6 +50,10 @@ template <class S, class Fn> void for_rows(const AttentionTask& task, Fn fn) {
   }
 }
 
+inline void prefetch(const uint8_t* data, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(data + at);
+}
+
 // The larger of what the rows of a block score. A NaN is the largest.
 inline void keep_larger(float& score, float other, bool is_first) {
   if (is_first || !(other <= score)) score = other;
@@ -71,8 +75,7 @@ void score_bounds_of_rows(const AttentionTask& task, int first_row, const uint8_
   const int head_dim = task.head_dim;
   const auto summary = [&](int b) { return summaries + task.block_table[b] * block_bytes; };
   const auto fetch = [&](int b) {
-    if (first_row == 0 && b < num_blocks)
-      for (int64_t at = 0; at < bounds_bytes(head_dim); at += 64) __builtin_prefetch(summary(b) + at);
+    if (first_row == 0 && b < num_blocks) prefetch(summary(b), bounds_bytes(head_dim));
   };
   for (int b = 0; b < kAhead; ++b) fetch(b);
   alignas(64) uint16_t parts[kRows][2 * kMaxHeadDim];
@@ -109,8 +112,7 @@ void score_bounds_in_tiles(const AttentionTask& task, int first_row, const uint8
   const int head_dim = task.head_dim;
   const auto summary = [&](int b) { return summaries + task.block_table[b] * block_bytes; };
   const auto fetch = [&](int b) {
-    if (first_row == 0 && b < num_blocks)
-      for (int64_t at = 0; at < bounds_bytes(head_dim); at += 64) __builtin_prefetch(summary(b) + at);
+    if (first_row == 0 && b < num_blocks) prefetch(summary(b), bounds_bytes(head_dim));
   };
   for (int b = 0; b < kBlocks; ++b) fetch(b);
   alignas(64) uint16_t queries[kMaxHeadDim][kColumns][2], bounds[kBlocks][2 * kMaxHeadDim];
@@ -148,11 +150,11 @@ template <class S> void score_bounds(const AttentionTask& task, const uint8_t* s
   if constexpr (HasTiles<S>) {
     for (int row = 0; row < task.num_rows(); row += 16)
       score_bounds_in_tiles<S>(task, row, summaries, block_bytes, num_blocks, scores);
-    return;
+  } else {
+    for_rows<S>(task, [&](auto rows, int first_row) {
+      score_bounds_of_rows<S, rows>(task, first_row, summaries, block_bytes, num_blocks, scores);
+    });
   }
-  for_rows<S>(task, [&](auto rows, int first_row) {
-    score_bounds_of_rows<S, rows>(task, first_row, summaries, block_bytes, num_blocks, scores);
-  });
 }
 
 template <class S, int kRows>
@@ -163,8 +165,7 @@ void score_codes_of_rows(const AttentionTask& task, int first_row, const uint8_t
   const int head_dim = task.head_dim;
   const auto summary = [&](int b) { return summaries + task.block_table[b] * block_bytes; };
   const auto fetch = [&](int b) {
-    if (first_row == 0 && b < num_blocks)
-      for (int64_t at = 0; at < summary_bytes(head_dim); at += 64) __builtin_prefetch(summary(b) + at);
+    if (first_row == 0 && b < num_blocks) prefetch(summary(b), summary_bytes(head_dim));
   };
   const typename S::F quarter = S::splat(0.25f), half = S::splat(0.5f);
   float queries[kRows][kMaxHeadDim];
