@@ -61,18 +61,19 @@ void AttentionPlan::prepare(const Batch& batch) {
   pieces_.clear();
   int64_t shared = 0;
   int32_t num_merges = 0;
-  for (const BlockSpan& span : spans_) {
-    const int32_t end = span.first_token + span.num_tokens;
-    for (int32_t token = span.first_token, count; token < end; token += count) {
-      const int32_t budget = this->budget(batch, token);
-      count = 1;
-      while (budget == 0 && count < step && token + count < end && this->budget(batch, token + count) == 0) ++count;
-      const int64_t oldest = int64_t(batch.positions[token]) - shape_.window + 1;
-      const int32_t first = int32_t(std::max<int64_t>(0, oldest) / kPartitionTokens);
-      const int32_t last = batch.positions[token + count - 1] / kPartitionTokens + 1;
-      const int64_t floats =
-          int64_t(count) * shape_.heads_per_kv_head() * attention_state_floats(shape_.head_dim);
-      for (int32_t head = 0; head < shape_.num_kv_heads; ++head) {
+  // Tokens of one head after the other: they read much the same blocks, which L2 then holds.
+  for (const BlockSpan& span : spans_)
+    for (int32_t head = 0; head < shape_.num_kv_heads; ++head) {
+      const int32_t end = span.first_token + span.num_tokens;
+      for (int32_t token = span.first_token, count; token < end; token += count) {
+        const int32_t budget = this->budget(batch, token);
+        count = 1;
+        while (budget == 0 && count < step && token + count < end && this->budget(batch, token + count) == 0) ++count;
+        const int64_t oldest = int64_t(batch.positions[token]) - shape_.window + 1;
+        const int32_t first = int32_t(std::max<int64_t>(0, oldest) / kPartitionTokens);
+        const int32_t last = batch.positions[token + count - 1] / kPartitionTokens + 1;
+        const int64_t floats =
+            int64_t(count) * shape_.heads_per_kv_head() * attention_state_floats(shape_.head_dim);
         const bool cut = few && num_threads_ > 1 && last - first > 1 && budget == 0 &&
                          shared + (last - first) * floats <= max_shared_;
         if (!cut) {
@@ -89,7 +90,6 @@ void AttentionPlan::prepare(const Batch& batch) {
         ++num_merges;
       }
     }
-  }
 }
 
 }  // namespace tael
