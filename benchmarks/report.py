@@ -41,6 +41,8 @@ def tables(results: Path = RESULTS) -> dict[str, str]:
         "tiered": ("tiered", long_context.tier_table),
         "million-tokens": ("million-tokens", long_context.length_table),
         "context-0.5b": ("context-qwen2.5-coder-0.5b", long_context.quality_table),
+        "context-0.5b-prompt": ("context-qwen2.5-coder-0.5b-prompt", long_context.quality_table),
+        "calibration-0.5b": ("calibration-qwen2.5-coder-0.5b", long_context.quality_table),
         "context-1.5b": ("context-qwen2.5-coder-1.5b", long_context.quality_table),
         "server-load": ("server-load", load_table),
         "server-peer": ("server-load", peer_table),

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from benchmarks import report
+from tael.evals.context.tasks import TASKS
+from tael.loader.modes import SHIPPED, read_calibration
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -75,6 +77,33 @@ def test_warm_prefix_figures() -> None:
 
 def result_of(name: str) -> Any:
     return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def test_small_model_at_its_full_length() -> None:
+    """docs/long-context.md: 0.5B passes no retrieval task behind 32K."""
+    others = result_of("context-qwen2.5-coder-0.5b-others")
+    both = result_of("context-qwen2.5-coder-0.5b")
+    retrieval = {name for name, task in TASKS.items() if task.kind == "retrieval"}
+    assert others["tasks"].keys() | both["tasks"].keys() == retrieval
+    assert not any(others["tasks"].values())
+    (exact,) = others["cells"]
+    at_full_length = [cell for cell in both["cells"] if cell["length"] == exact["length"] == 32768]
+    assert all(cell["retention"] == {} for cell in at_full_length) and at_full_length
+    text = " ".join((ROOT / "docs/long-context.md").read_text().split())
+    assert f"({others['num_questions']} questions each)" in text
+
+
+def test_modes_that_come_with_tael() -> None:
+    """docs/long-context.md says what they are."""
+    (shipped,) = SHIPPED.glob("*.json")
+    calibration = read_calibration(shipped)
+    assert calibration.lengths == (8192,)
+    assert calibration.mode("balanced").settings == {"kv_format": "q8", "kv_budget": 2048}
+    assert calibration.mode("frugal").settings == {
+        "kv_format": "k8v4",
+        "kv_budget": 2048,
+        "prefill_budget": 4096,
+    }
 
 
 def test_attacks_and_clients() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,6 +89,35 @@ def test_a_file_of_other_weights_or_another_version_is_refused() -> None:
     save_calibration(replace(FOUND, version=VERSION + 1))
     with pytest.raises(TaelError, match="of another version"):
         find_calibration("d")
+
+
+SHIPPED = sorted(modes.SHIPPED.glob("*.json"))
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+
+def test_some_modes_are_shipped() -> None:
+    assert SHIPPED
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: read_calibration(path).model)
+def test_what_is_shipped_is_of_a_result_file(path: Path) -> None:
+    shipped = find_calibration(path.stem)
+    assert shipped is not None
+    name = shipped.model.replace(":", "-")
+    measured = json.loads((RESULTS / f"calibration-{name}.json").read_text())
+    assert tuple(measured["tasks"]) == shipped.tasks
+    bounds: dict[str, list[float]] = {}
+    for of_length in measured["cells"]:
+        assert of_length["error"] is None
+        if of_length["mode"] != "exact":
+            retention = of_length["retention"]["retrieval"]
+            assert tuple(retention["tasks"]) == shipped.tasks
+            assert retention["num_questions"] >= shipped.num_questions
+            bounds.setdefault(of_length["mode"], []).append(retention["lower_bound"])
+    assert [min(of_lengths) for of_lengths in bounds.values()] == [
+        candidate.lower_bound for candidate in shipped.candidates
+    ]
+    assert [mode.settings for mode in ladder(())] == [c.settings for c in shipped.candidates]
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"candidates": [{"settings": 1}]}'])
