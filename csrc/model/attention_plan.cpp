@@ -61,35 +61,52 @@ void AttentionPlan::prepare(const Batch& batch) {
   pieces_.clear();
   int64_t shared = 0;
   int32_t num_merges = 0;
-  // Tokens of one head after the other: they read much the same blocks, which L2 then holds.
-  for (const BlockSpan& span : spans_)
-    for (int32_t head = 0; head < shape_.num_kv_heads; ++head) {
-      const int32_t end = span.first_token + span.num_tokens;
-      for (int32_t token = span.first_token, count; token < end; token += count) {
-        const int32_t budget = this->budget(batch, token);
-        count = 1;
-        while (budget == 0 && count < step && token + count < end && this->budget(batch, token + count) == 0) ++count;
-        const int64_t oldest = int64_t(batch.positions[token]) - shape_.window + 1;
-        const int32_t first = int32_t(std::max<int64_t>(0, oldest) / kPartitionTokens);
-        const int32_t last = batch.positions[token + count - 1] / kPartitionTokens + 1;
+  for (const BlockSpan& span : spans_) {
+    AttentionPiece pieces[kBlockTokens];  // of one head
+    const int num_pieces = cut_span(batch, span, pieces);
+    // Tokens of one head after the other: they read much the same blocks, which L2 then holds.
+    for (int32_t head = 0; head < shape_.num_kv_heads; ++head)
+      for (int i = 0; i < num_pieces; ++i) {
+        AttentionPiece piece = pieces[i];
+        piece.kv_head = head;
         const int64_t floats =
-            int64_t(count) * shape_.heads_per_kv_head() * attention_state_floats(shape_.head_dim);
-        const bool cut = few && num_threads_ > 1 && last - first > 1 && budget == 0 &&
+            int64_t(piece.num_tokens) * shape_.heads_per_kv_head() * attention_state_floats(shape_.head_dim);
+        const int32_t first = piece.first_partition, last = piece.last_partition;
+        const bool cut = few && num_threads_ > 1 && last - first > 1 && piece.budget == 0 &&
                          shared + (last - first) * floats <= max_shared_;
         if (!cut) {
-          pieces_.push_back({span.seq, head, token, count, first, last, -1, budget});
+          pieces_.push_back(piece);
           continue;
         }
         AttentionMerge& merge = merges_[num_merges];  // there are fewer than 4 per thread
         merge.states = shared;
         merge.first_partition = first;
         merge.num_partitions = last - first;
-        for (int32_t p = first; p < last; ++p)
-          pieces_.push_back({span.seq, head, token, count, p, p + 1, num_merges, 0});
+        piece.merge = num_merges++;
+        for (int32_t p = first; p < last; ++p) {
+          piece.first_partition = p;
+          piece.last_partition = p + 1;
+          pieces_.push_back(piece);
+        }
         shared += (last - first) * floats;
-        ++num_merges;
       }
-    }
+  }
+}
+
+// The pieces of a span, of KV head 0 and not cut into partitions. A token that reads some blocks only is one by itself.
+int AttentionPlan::cut_span(const Batch& batch, const BlockSpan& span, AttentionPiece* pieces) const {
+  const int32_t step = tokens_per_piece(), end = span.first_token + span.num_tokens;
+  int num_pieces = 0;
+  for (int32_t token = span.first_token, count; token < end; token += count) {
+    const int32_t budget = this->budget(batch, token);
+    count = 1;
+    while (budget == 0 && count < step && token + count < end && this->budget(batch, token + count) == 0) ++count;
+    const int64_t oldest = int64_t(batch.positions[token]) - shape_.window + 1;
+    const int32_t first = int32_t(std::max<int64_t>(0, oldest) / kPartitionTokens);
+    const int32_t last = batch.positions[token + count - 1] / kPartitionTokens + 1;
+    pieces[num_pieces++] = {span.seq, 0, token, count, first, last, -1, budget};
+  }
+  return num_pieces;
 }
 
 }  // namespace tael

@@ -63,6 +63,7 @@ class AttentionPlan {
 
  private:
   int tokens_per_piece() const;
+  int cut_span(const Batch& batch, const BlockSpan& span, AttentionPiece* pieces) const;
   int32_t budget(const Batch& batch, int32_t token) const;
 
   AttentionShape shape_;
