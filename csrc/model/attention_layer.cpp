@@ -119,19 +119,24 @@ class PartitionWalk {
       return;
     }
     begin_until(partition + kAhead);
-    tiered_->wait(slots_ + begin(partition), count(partition));
+    const int num_blocks = count(partition, partition + 1);
+    tiered_->wait(slots_ + begin(partition), num_blocks);
     kernels_.attention_partition(task_, partition, states);
-    tiered_->unpin(slots_ + begin(partition), count(partition));
+    tiered_->unpin(slots_ + begin(partition), num_blocks);
   }
+  // With one request for all of them: each costs a call of the kernel.
   void begin_until(int partition) {
-    for (; num_begun_ < std::min(partition, last_); ++num_begun_)
-      tiered_->pin(head_, blocks_ + begin(num_begun_), count(num_begun_), slots_ + begin(num_begun_));
+    const int last = std::min(partition, last_);
+    if (num_begun_ >= last) return;
+    const int first = begin(num_begun_);
+    tiered_->pin(head_, blocks_ + first, count(num_begun_, last), slots_ + first);
+    num_begun_ = last;
   }
 
-  // Complete blocks of a partition.
+  // Complete blocks of partitions.
   static int begin(int partition) { return partition * kPartitionBlocks; }
-  int count(int partition) const {
-    return std::clamp(task_.first_position / kBlockTokens - begin(partition), 0, kPartitionBlocks);
+  int count(int first, int last) const {
+    return std::clamp(task_.first_position / kBlockTokens - begin(first), 0, begin(last) - begin(first));
   }
 
   const Kernels& kernels_;

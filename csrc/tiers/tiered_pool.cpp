@@ -106,7 +106,7 @@ void TieredPool::pin(const int64_t* keys, int n, int32_t* slots) {
           loads[num_loads++] = op(false, slot);
         }
       }
-      states_[slot].is_recent = true;
+      states_[slot].num_uses = std::min<uint8_t>(states_[slot].num_uses + 1, kMostUses);
       ++states_[slot].num_pins;
       slots[i] = slot;
     }
@@ -126,14 +126,11 @@ void TieredPool::prefetch(int head, const int32_t* blocks, int n) {
     const Lock lock(mutex_);
     for (int i = 0; i < n && num_loads < kMaxPinned && num_in_flight_ < kMaxInFlight; ++i) {
       const int64_t key = int64_t(blocks[i]) * heads_per_block_ + head;
-      if (slot_of_[key] >= 0) {
-        states_[slot_of_[key]].is_recent = true;
-        continue;
-      }
+      if (slot_of_[key] >= 0) continue;
       const int32_t slot = find_slot();
       if (slot < 0) break;
       slot_of_[key] = slot;
-      states_[slot] = {key, 0, State::Loading, true};
+      states_[slot] = {key, 0, State::Loading, 0};  // not read yet
       loads[num_loads++] = op(false, slot);
       ++num_in_flight_;
     }
@@ -163,7 +160,7 @@ int32_t TieredPool::begin_store(int head, int32_t block) {
     slot = take_slot(lock);
     slot_of_[key] = slot;
   }
-  states_[slot] = {key, 1, State::Filling, true};
+  states_[slot] = {key, 1, State::Filling, 1};
   return slot;
 }
 
@@ -216,17 +213,17 @@ void TieredPool::write_block(int32_t block, const uint8_t* in) {
 
 // A free slot, or the next that may be given away; -1 if there is none. What it held is forgotten.
 int32_t TieredPool::find_slot() {
-  for (size_t i = 0; i < 2 * states_.size(); ++i) {
+  for (size_t i = 0; i < (kMostUses + 1) * states_.size(); ++i) {
     const int32_t at = int32_t(hand_);
     hand_ = hand_ + 1 < int64_t(states_.size()) ? hand_ + 1 : 0;
     Slot& slot = states_[at];
     if (slot.num_pins > 0 || (slot.state != State::Free && slot.state != State::Ready)) continue;
-    if (slot.is_recent && slot.state == State::Ready) {
-      slot.is_recent = false;
+    if (slot.num_uses > 0 && slot.state == State::Ready) {
+      --slot.num_uses;
       continue;
     }
     if (slot.state == State::Ready) slot_of_[slot.key] = -1;
-    slot = {-1, 0, State::Filling, false};
+    slot = {-1, 0, State::Filling, 0};
     return at;
   }
   return -1;
@@ -258,7 +255,7 @@ void TieredPool::complete(const FileResult& result, uint32_t sum) {
   lost_.blocks.push_back(int32_t(slot.key / heads_per_block_));
   memset(this->slot(int32_t(result.tag)), 0, slot_bytes_);
   slot_of_[slot.key] = -1;
-  slot = {-1, slot.num_pins, State::Free, false};
+  slot = {-1, slot.num_pins, State::Free, 0};
 }
 
 }  // namespace tael

