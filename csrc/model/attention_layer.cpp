@@ -33,8 +33,8 @@ AttentionWorkspace::AttentionWorkspace(const Limits& limits, int num_threads,
                        Buffer<float>(head_dim),
                        Buffer<uint16_t>(unpacked),
                        Buffer<int32_t>(limits.max_model_len / kBlockTokens + 1),
-                       {Buffer<uint16_t>(piece_q), BlockSelection(blocks)},
-                       {Buffer<uint16_t>(selects ? piece_q : 0), BlockSelection(blocks)},
+                       {Buffer<uint16_t>(piece_q), BlockSelection(blocks, selects ? piece_q : 0)},
+                       {Buffer<uint16_t>(selects ? piece_q : 0), BlockSelection(blocks, selects ? piece_q : 0)},
                        states});
 }
 
@@ -148,20 +148,32 @@ class PartitionWalk {
   int num_begun_;
 };
 
+// The queries of every kChooserStep-th token of a task.
+AttentionTask choosers_of(const AttentionTask& task, uint16_t* queries) {
+  const int64_t size = int64_t(task.num_heads) * task.head_dim;
+  AttentionTask choosers = task;
+  choosers.q = queries;
+  choosers.num_tokens = 0;
+  for (int token = 0; token < task.num_tokens; token += kChooserStep, ++choosers.num_tokens)
+    queries = std::copy_n(task.q + token * size, size, queries);
+  return choosers;
+}
+
 }  // namespace
 
-// The task of a token over `budget` blocks: as if the sequence had no others. These are the sinks, the recent
-// ones, and the best of those between; of superblocks and of blocks with equal scores the earliest.
+// The task of tokens that choose together, over `budget` blocks: as if the sequence had no others. These are the sinks,
+// the recent ones, and the best of those between; of superblocks and of blocks with equal scores the earliest.
 AttentionTask AttentionLayer::select(const Step& step, const AttentionTask& task, int32_t seq, int budget,
                                      BlockSelection& selection) const {
   const int first = kSinkBlocks, last = task.first_position / kBlockTokens - kRecentBlocks;
   const int num_scored = budget - kMinBudgetBlocks;
   int32_t* end = std::copy_n(task.block_table, first, selection.chosen.data());
   if (num_scored > 0) {
-    AttentionTask candidates = task;
+    const AttentionTask choosers = choosers_of(task, selection.queries.data());
+    AttentionTask candidates = choosers;
     candidates.block_table = selection.candidates.data();
     const uint8_t* const summaries = summaries_.head(0, task.kv_head);
-    int num_candidates = find_candidates(step, task, seq, budget, first, last, selection);
+    int num_candidates = find_candidates(step, choosers, seq, budget, first, last, selection);
     if (num_candidates > kCandidates * num_scored) {
       step.kernels.score_bounds(candidates, summaries, summaries_.block_bytes, num_candidates, selection.scores.data());
       selection.keep_best(num_candidates, kCandidates * num_scored);

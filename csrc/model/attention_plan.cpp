@@ -5,8 +5,8 @@
 namespace tael {
 namespace {
 
-// Rows of one piece, if its tokens do not end before: enough that a block of K and V is read once
-// for many queries, few enough that their states stay in the L2 cache.
+// Rows of one piece that reads all blocks, if its tokens do not end before: enough that a block of K and V is read
+// once for many queries, few enough that their states stay in the L2 cache.
 constexpr int kRows = 128;
 
 }  // namespace
@@ -22,7 +22,10 @@ AttentionPlan::AttentionPlan(const AttentionShape& shape, const Limits& limits, 
   merges_ = std::vector<AttentionMerge>(4 * num_threads);
 }
 
-int64_t AttentionPlan::max_piece_rows() const { return std::max(kRows, shape_.heads_per_kv_head()); }
+// Those of a block may choose together.
+int64_t AttentionPlan::max_piece_rows() const {
+  return std::max(kRows, kBlockTokens * shape_.heads_per_kv_head());
+}
 
 int64_t AttentionPlan::bytes() const {
   return int64_t(spans_.capacity() * sizeof(BlockSpan) + pieces_.capacity() * sizeof(AttentionPiece) +
@@ -39,6 +42,7 @@ int AttentionPlan::tokens_per_piece() const {
 // Blocks that the queries of a token read; 0 where that is all of them.
 int32_t AttentionPlan::budget(const Batch& batch, int32_t token) const {
   if (!batch.kv_budgets || shape_.window != INT32_MAX) return 0;
+  while (batch.kv_budgets[token] == kWithPrevious) --token;
   if (batch.kv_budgets[token] == 0) return 0;
   const int32_t budget = budget_of_layer(batch.kv_budgets[token], shape_.budget_percent);
   return batch.positions[token] / kBlockTokens < budget ? 0 : budget;
@@ -93,14 +97,19 @@ void AttentionPlan::prepare(const Batch& batch) {
   }
 }
 
-// The pieces of a span, of KV head 0 and not cut into partitions. A token that reads some blocks only is one by itself.
+// The pieces of a span, of KV head 0 and not cut into partitions. Tokens that choose what they read are one for each
+// choice.
 int AttentionPlan::cut_span(const Batch& batch, const BlockSpan& span, AttentionPiece* pieces) const {
   const int32_t step = tokens_per_piece(), end = span.first_token + span.num_tokens;
   int num_pieces = 0;
   for (int32_t token = span.first_token, count; token < end; token += count) {
     const int32_t budget = this->budget(batch, token);
     count = 1;
-    while (budget == 0 && count < step && token + count < end && this->budget(batch, token + count) == 0) ++count;
+    const auto belongs = [&](int32_t next) {
+      if (budget > 0) return batch.kv_budgets[next] == kWithPrevious;
+      return count < step && this->budget(batch, next) == 0;
+    };
+    while (token + count < end && belongs(token + count)) ++count;
     const int64_t oldest = int64_t(batch.positions[token]) - shape_.window + 1;
     const int32_t first = int32_t(std::max<int64_t>(0, oldest) / kPartitionTokens);
     const int32_t last = batch.positions[token + count - 1] / kPartitionTokens + 1;

@@ -36,7 +36,7 @@ struct AttentionPiece {
   int32_t first_partition;
   int32_t last_partition;  // exclusive
   int32_t merge;           // index; -1: not cut
-  int32_t budget;          // blocks that its only token reads; 0: all
+  int32_t budget;          // blocks that its tokens choose together; 0: all
 };
 
 struct AttentionMerge {

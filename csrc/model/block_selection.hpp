@@ -23,16 +23,23 @@ constexpr int num_scored_superblocks(int budget) { return std::max(32, budget / 
 // tokens 4 choose no better.
 constexpr int kCandidates = 3;
 
-// Room of one thread for the blocks of one query.
+// Of tokens that choose together, every other does: the one beside it wants much the same.
+constexpr int kChooserStep = 2;
+
+// Room of one thread for the blocks of one choice.
 struct BlockSelection {
   Buffer<float> scores;        // of superblocks, then of candidates
   Buffer<uint64_t> best;       // indices of the highest of them
   Buffer<int32_t> candidates;  // entries of a block table
   Buffer<int32_t> chosen;      // likewise, of the blocks that are read
 
-  explicit BlockSelection(int64_t max_blocks)
-      : scores(max_blocks), best(max_blocks), candidates(max_blocks), chosen(max_blocks + 1) {}
-  int64_t bytes() const { return scores.bytes() + best.bytes() + candidates.bytes() + chosen.bytes(); }
+  Buffer<uint16_t> queries;    // of the tokens that choose
+
+  BlockSelection(int64_t max_blocks, int64_t max_queries)
+      : scores(max_blocks), best(max_blocks), candidates(max_blocks), chosen(max_blocks + 1), queries(max_queries) {}
+  int64_t bytes() const {
+    return scores.bytes() + best.bytes() + candidates.bytes() + chosen.bytes() + queries.bytes();
+  }
 
   // The `count` highest of `num` scores, of equal ones the first, ascending in `best`. NaN is the highest.
   void find_best(int num, int count);

@@ -33,7 +33,9 @@ struct Batch {
   const float* temperatures;
   const bool* full_logits;
   const int32_t* token_seq;
-  const int32_t* kv_budgets;  // per token, blocks that its queries read; 0: all. Null: all of all
+  // Per token, blocks that its queries read; 0: all; kWithPrevious: those of the token before it in its block, which
+  // the queries of both choose. Null: all of all.
+  const int32_t* kv_budgets;
   std::vector<BlockTable> block_tables;  // one per cache group
   std::vector<BlockTable> open_tables;   // likewise, if some group fills blocks in a pool of their own
   std::vector<std::vector<int32_t>> restored_blocks;  // per cache group
@@ -41,6 +43,8 @@ struct Batch {
   // One token per sequence: none reads what another of this step appends to the KV cache.
   bool is_decode() const { return num_tokens == num_seqs; }
 };
+
+constexpr int32_t kWithPrevious = -1;
 
 constexpr int64_t kReplicatedTokens = 4;
 

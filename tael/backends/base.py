@@ -17,6 +17,9 @@ NUM_CANDIDATES = 64
 """Most likely tokens that a step gives for each row of logits: so many as to hold what most filters
 leave, so few that finding them costs less than the exponentials."""
 
+WITH_PREVIOUS = -1
+"""Instead of the KV budget of a token: it reads what the token before it reads."""
+
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
@@ -44,8 +47,9 @@ class ForwardBatch:
     ``positions[query_start[s]] // block_size + i`` of the block table."""
     kv_budgets: NDArray[np.int32] | None = None
     """[num_tokens] blocks that a token's queries read of each KV head under full attention, its own
-    included: the first and the last few, and those with the highest bound of their scores. At least
-    MIN_BUDGET_BLOCKS; 0, or None for all: every block."""
+    included: the first and the last few, and those whose keys can be expected to score highest. At
+    least MIN_BUDGET_BLOCKS; 0, or None for all: every block; WITH_PREVIOUS: those of the token
+    before it, which must be in the same block. The queries of both choose these."""
     restored_blocks: tuple[Sequence[int], ...] = ()
     """One per cache group, or none: the blocks that got other content since the last step by other
     means than a step."""

@@ -88,10 +88,10 @@ class CacheManager:
         """By group, the blocks that the tier has filled since the last call; empty without one."""
         return self._offload.take_restored() if self._offload else ()
 
-    def start(self, request: Request, max_new_tokens: int) -> bool:
-        """Give a request its longest cached prefix and blocks for up to ``max_new_tokens`` more
-        tokens, and set ``num_computed_tokens`` to that prefix. All of it or, when the pools
-        cannot provide the blocks, nothing."""
+    def start(self, request: Request, num_new_tokens: Callable[[], int]) -> bool:
+        """Give a request its longest cached prefix, set ``num_computed_tokens`` to that, and give
+        it blocks for as many more tokens as it is then said to compute. All of it or, when the
+        pools cannot provide the blocks, nothing."""
         num_hashes = self._num_reusable(request)
         hashes = self._extend_hashes(request, num_hashes)[:num_hashes]
         num_hits = longest_prefix(self.groups, self.pools, hashes, self.block_size)
@@ -113,8 +113,7 @@ class CacheManager:
         self._holdings[request] = holding
 
         request.num_computed_tokens = num_computed_tokens
-        num_new_tokens = min(request.num_tokens - num_computed_tokens, max_new_tokens)
-        if not self.claim(request, num_new_tokens, loads=False):
+        if not self.claim(request, num_new_tokens(), loads=False):
             self.free(request)
             request.num_computed_tokens = 0
             return False

@@ -90,7 +90,8 @@ def model_options(command: F) -> F:
             "--prefill-budget",
             type=token_count,
             metavar="TOKENS",
-            help="The same for each token of the prompt.  [default: all]",
+            help="The same for each token of the prompt, chosen anew for every four.  "
+            "[default: all]",
         ),
         "kv_focus": click.option(
             "--kv-focus",

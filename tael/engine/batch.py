@@ -7,9 +7,9 @@ import sys
 import numpy as np
 from numpy.typing import NDArray
 
-from tael.backends.base import ForwardBatch
+from tael.backends.base import WITH_PREVIOUS, ForwardBatch
 from tael.cache.manager import RELEASED, CacheManager, Table
-from tael.config import BLOCK_SIZE, NUM_QUESTION_TOKENS, EngineConfig
+from tael.config import BLOCK_SIZE, CHOICE_TOKENS, NUM_QUESTION_TOKENS, EngineConfig
 from tael.engine.sampler import needs_full_logits, scaling_temperature
 from tael.engine.scheduler import ScheduledRequest
 
@@ -62,8 +62,12 @@ def _open_tables(
 
 
 def _kv_budgets(scheduled: list[ScheduledRequest], config: EngineConfig) -> NDArray[np.int32]:
-    """[num_tokens] blocks, 0: all. They follow from a token's position and the length of the
-    prompt, so what it computes does too, also after a preemption."""
+    """[num_tokens]. They follow from a token's position and the length of the prompt, so what it
+    computes does too, also after a preemption.
+
+    ``CHOICE_TOKENS`` of a prompt choose together what they read, which no step cuts. Where
+    log-probabilities of a prompt are wanted one may, and each token chooses by itself.
+    """
     of_prompt, of_answer = (
         (budget or 0) // BLOCK_SIZE for budget in (config.prefill_budget, config.kv_budget)
     )
@@ -78,7 +82,11 @@ def _kv_budgets(scheduled: list[ScheduledRequest], config: EngineConfig) -> NDAr
                 first + entry.num_scheduled_tokens,
             )
         )
-        budgets += np.repeat([of_prompt, 0, of_answer], counts).tolist()
+        of_tokens = np.repeat([of_prompt, 0, of_answer], counts)
+        if of_prompt > 0 and not entry.request.wants_prompt_logits:
+            is_first = (first + np.arange(counts[0])) % CHOICE_TOKENS == 0
+            of_tokens[: counts[0]][~is_first] = WITH_PREVIOUS
+        budgets += of_tokens.tolist()
     return np.array(budgets, np.int32)
 
 

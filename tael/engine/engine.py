@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from tael.backends.base import Backend, HeadOutput, TieredBlocks
 from tael.cache.manager import CacheManager
-from tael.config import BLOCK_SIZE, NUM_QUESTION_TOKENS, EngineConfig
+from tael.config import BLOCK_SIZE, CHOICE_TOKENS, NUM_QUESTION_TOKENS, EngineConfig
 from tael.engine.grammar import TokenMask
 from tael.engine.output import OutputProcessor, Piece
 from tael.engine.runner import run_step
@@ -373,7 +373,9 @@ def kv_fingerprint(spec: ModelSpec, backend: Backend, config: EngineConfig) -> d
         "family": spec.family,
         "spec": hashlib.sha256(repr(spec).encode()).hexdigest(),
         "block_size": str(BLOCK_SIZE),
-        "budgets": f"{config.prefill_budget} {NUM_QUESTION_TOKENS} {config.kv_budget}",
+        "budgets": " ".join(
+            map(str, (config.prefill_budget, CHOICE_TOKENS, NUM_QUESTION_TOKENS, config.kv_budget))
+        ),
         "layout": "blocks" if config.kv_disk_bytes is None else "slots",
         **backend.fingerprint,
     }

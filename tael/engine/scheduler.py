@@ -11,6 +11,8 @@ past those that were right. What holds, and why:
   the step's budget ran out on it, and then nothing was admitted behind it. So only the last
   running request can be in the middle of its prompt, and the ones before it need one token
   each, for which ``max_num_seqs <= max_num_batched_tokens`` is always enough.
+- *A prompt is cut at multiples of CHOICE_TOKENS*, as so many may choose together what they read.
+  Only where a step may have no room for them, or its logits are wanted, it is cut anywhere.
 - *There is always a next step.* When blocks run out, the last running request gives its own
   back. The first one can thus claim every block of the pools, and ``add`` refused it unless
   empty pools hold it to its very end.
@@ -27,6 +29,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 from tael.cache.manager import CacheManager
@@ -124,21 +127,21 @@ class Scheduler:
         while (
             len(self.waiting) > num_passed
             and not preempted
-            and budget > 0
+            and budget >= self.config.prompt_alignment
             and num_logits > 0
             and len(self.running) < self.config.max_num_seqs
         ):
             request = self.waiting[num_passed]
+            chunk = partial(self._chunk, request, budget, num_logits)
             readiness = self.manager.restore(request)
             if readiness is Readiness.PENDING:
                 num_passed += 1
                 continue
-            if readiness is Readiness.FULL or not self.manager.start(request, budget):
+            if readiness is Readiness.FULL or not self.manager.start(request, chunk):
                 break
             del self.waiting[num_passed]
             self._admit(request)
-            num_new_tokens = self._chunk(request, budget, num_logits)
-            scheduled.append(self._scheduled(request, num_new_tokens))
+            scheduled.append(self._scheduled(request, chunk()))
             budget = self._budget_after(scheduled[-1], budget)
             num_logits -= scheduled[-1].num_logits
         if self.drafter is not None:
@@ -192,8 +195,10 @@ class Scheduler:
 
     def _chunk(self, request: Request, budget: int, num_logits: int) -> int:
         """Tokens of a request to compute in a step that has this much left."""
-        num_new_tokens = min(request.num_tokens - request.num_computed_tokens, budget)
-        return min(num_new_tokens, num_logits) if request.wants_prompt_logits else num_new_tokens
+        first, left = request.num_computed_tokens, request.num_tokens - request.num_computed_tokens
+        if request.wants_prompt_logits:
+            return min(left, budget, num_logits)
+        return left if left <= budget else budget - (first + budget) % self.config.prompt_alignment
 
     def _budget_after(self, entry: ScheduledRequest, budget: int) -> int:
         """Nothing is admitted behind a request that is left with tokens to compute."""

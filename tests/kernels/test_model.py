@@ -21,7 +21,8 @@ from random_models import (
 )
 
 from tael import _native
-from tael.config import MIN_BUDGET_BLOCKS
+from tael.backends.base import WITH_PREVIOUS
+from tael.config import BLOCK_SIZE, MIN_BUDGET_BLOCKS
 from tael.models.spec import ModelSpec
 
 TOLERANCE = 2e-3
@@ -102,6 +103,41 @@ def test_sparse_reading_equals_reference(
     dense = compute(spec, backend, tokens, steps)[0]
     assert np.abs(actual - dense)[320:].max() > 10 * TOLERANCE, "the budget changed nothing"
     np.testing.assert_array_equal(actual[: 32 * 9], dense[: 32 * 9])
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("kv_format", ["bf16", "q8"])
+@pytest.mark.parametrize(("heads_per_kv_head", "head_dim"), [(1, 48), (7, 64), (18, 32)])
+def test_tokens_that_choose_together_equal_reference(
+    heads_per_kv_head: int, head_dim: int, kv_format: str
+) -> None:
+    """Whole blocks, some tokens of a block, and single ones, in turn."""
+    spec = random_spec(heads_per_kv_head, 2, head_dim, [None], kv_format, key_summaries=True)
+    checkpoint = RandomCheckpoint(spec)
+    length = 32 * 22 + 20
+    budgets = np.full(length, WITH_PREVIOUS, np.int32)
+    budgets[::BLOCK_SIZE] = np.array([14, 0, 20, MIN_BUDGET_BLOCKS])[np.arange(23) % 4]
+    budgets[32 * 14 + 5 :: 70], budgets[32 * 14 + 6 :: 70] = 0, 11
+    tokens, steps = [random_tokens(0, length)], [{0: 32 * 15}, {0: 32 * 4}, {0: length - 32 * 19}]
+    expected = compute(spec, RoundingReference(spec, checkpoint), tokens, steps, budgets)[0]
+    backend = random_cpu_backend(spec, checkpoint, 2)
+    actual = compute(spec, backend, tokens, steps, budgets)[0]
+    assert np.abs(actual - expected).max() < TOLERANCE
+    by_themselves = budgets.copy()
+    for t in np.flatnonzero(budgets == WITH_PREVIOUS):
+        by_themselves[t] = by_themselves[t - 1]
+    alone = compute(spec, backend, tokens, steps, by_themselves)[0]
+    assert np.abs(actual - alone)[320:].max() > 10 * TOLERANCE, "each has chosen by itself"
+
+
+def test_tokens_choose_together_within_a_block() -> None:
+    spec = random_spec(3, 2, 32, [None], key_summaries=True)
+    backend = random_cpu_backend(spec, RandomCheckpoint(spec), 1)
+    for steps in ([{0: 40}], [{0: 16}, {0: 24}]):
+        budgets = np.full(40, WITH_PREVIOUS, np.int32)
+        budgets[0] = 12
+        with pytest.raises(IndexError, match="in its block"):
+            compute(spec, backend, [random_tokens(0, 40)], steps, budgets)
 
 
 @pytest.mark.usefixtures("isa")

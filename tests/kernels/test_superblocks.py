@@ -145,10 +145,10 @@ def computed(backend: Backend, text: int, counts: list[int]) -> NDArray[np.float
 class Unread(RoundingReference):
     """Prompts are not read: it would take long, and answers do not depend on it."""
 
-    def _attend_some(self, q, mixer, layer, table, position, budget):  # type: ignore[no-untyped-def]
-        if position < PROMPT:
-            return np.zeros(mixer.num_heads * mixer.head_dim, np.float32)
-        return super()._attend_some(q, mixer, layer, table, position, budget)
+    def _attend_some(self, q, mixer, layer, table, positions, budget):  # type: ignore[no-untyped-def]
+        if positions[0] < PROMPT:
+            return np.zeros((len(q), mixer.num_heads * mixer.head_dim), np.float32)
+        return super()._attend_some(q, mixer, layer, table, positions, budget)
 
 
 def test_the_best_superblocks_are_the_references(

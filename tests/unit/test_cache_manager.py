@@ -26,6 +26,13 @@ def make_manager(*groups: CacheGroup, num_blocks: int = 16) -> CacheManager:
     return CacheManager(groups, (num_blocks,) * len(groups), BLOCK, b"model")
 
 
+def start(manager: CacheManager, request: Request, most: int) -> bool:
+    """For up to so many tokens behind the prefix that is found."""
+    return manager.start(
+        request, lambda: min(request.num_tokens - request.num_computed_tokens, most)
+    )
+
+
 def compute(manager: CacheManager, request: Request, num_new_tokens: int) -> None:
     assert manager.allocate(request, num_new_tokens)
     request.num_computed_tokens += num_new_tokens
@@ -36,7 +43,7 @@ def compute(manager: CacheManager, request: Request, num_new_tokens: int) -> Non
 
 def run(manager: CacheManager, request: Request) -> int:
     """Compute a request in one step and free it; returns its prefix hit in tokens."""
-    assert manager.start(request, request.num_tokens)
+    assert start(manager, request, request.num_tokens)
     num_hit_tokens = request.num_computed_tokens
     compute(manager, request, request.num_tokens - num_hit_tokens)
     manager.free(request)
@@ -50,7 +57,7 @@ def test_bytes_by_state() -> None:
     assert manager.pool_bytes == 16 * 100 + 8 * 3 + 4 * 7
     assert manager.referenced_bytes == manager.cached_bytes == 0
     request = make_request(list(range(9)))
-    assert manager.start(request, 9)
+    assert start(manager, request, 9)
     compute(manager, request, 9)  # two whole blocks, and one that is open
     assert manager.referenced_bytes == 3 * (100 + 3) + 7
     manager.free(request)
@@ -89,9 +96,9 @@ def test_salts_do_not_share() -> None:
 def test_running_requests_share_blocks() -> None:
     manager = make_manager(FULL)
     first, second = make_request(list(range(10))), make_request(list(range(12)))
-    assert manager.start(first, 10)
+    assert start(manager, first, 10)
     compute(manager, first, 10)
-    assert manager.start(second, 12)
+    assert start(manager, second, 12)
     assert second.num_computed_tokens == 8
     [table], [other] = manager.block_tables(first), manager.block_tables(second)
     assert table[:2] == other[:2] and table[2] != other[2]
@@ -105,19 +112,19 @@ def test_running_requests_share_blocks() -> None:
 def test_only_computed_blocks_are_published() -> None:
     manager = make_manager(FULL)
     first, second = make_request(list(range(20))), make_request(list(range(20)))
-    assert manager.start(first, 20)
-    assert manager.start(second, 20)
+    assert start(manager, first, 20)
+    assert start(manager, second, 20)
     assert second.num_computed_tokens == 0, "the KV of the first does not exist yet"
     manager.free(second)
     compute(manager, first, 7)
-    assert manager.start(second, 20)
+    assert start(manager, second, 20)
     assert second.num_computed_tokens == 4
 
 
 def test_a_window_releases_what_no_later_query_sees() -> None:
     manager = make_manager(FULL, WINDOW)
     request = make_request(list(range(40)))
-    assert manager.start(request, 8)
+    assert start(manager, request, 8)
     compute(manager, request, 8)
     full, window = manager.block_tables(request)
     assert -1 not in full + window, "position 8 looks back to 3"
@@ -135,7 +142,7 @@ def test_a_request_never_holds_more_than_the_formula_says(chunk: int, window: in
     group = CacheGroup(layers=(0,), window=window, block_bytes=1)
     manager = make_manager(group, num_blocks=group.num_blocks(40, chunk, BLOCK))
     request = make_request(list(range(40)))
-    assert manager.start(request, chunk)
+    assert start(manager, request, chunk)
     while request.num_computed_tokens < 40:
         compute(manager, request, min(chunk, 40 - request.num_computed_tokens))
 
@@ -147,7 +154,7 @@ def test_a_hit_needs_only_the_window_in_a_window_group() -> None:
     for block in reversed(early):  # eviction took the blocks that left the window first
         manager.pools[1].deref(block)
     request = make_request([*range(40), 41])
-    assert manager.start(request, 40)
+    assert start(manager, request, 40)
     assert request.num_computed_tokens == 40
     window = manager.block_tables(request)[1]
     assert [block == -1 for block in window] == [True] * 8 + [False] * 3  # 40 looks back to 35
@@ -194,9 +201,9 @@ def test_a_chain_is_evicted_from_its_end() -> None:
 def test_all_groups_or_none() -> None:
     manager = CacheManager((FULL, WINDOW), (8, 2), BLOCK, b"model")
     request = make_request(list(range(32)))
-    assert not manager.start(request, 12), "the window group has 2 of 3 blocks"
+    assert not start(manager, request, 12), "the window group has 2 of 3 blocks"
     assert manager.num_referenced == 0 and request.num_computed_tokens == 0
-    assert manager.start(request, 8)
+    assert start(manager, request, 8)
     assert not manager.allocate(request, 12)
     assert [len(table) for table in manager.block_tables(request)] == [2, 2]
     manager.check()
@@ -207,7 +214,7 @@ def test_hits_are_not_evicted_to_make_room_for_their_own_request() -> None:
     manager = CacheManager((FULL, WINDOW), (4, 3), BLOCK, b"model")
     run(manager, make_request(list(range(9))))
     request = make_request(list(range(24)))
-    assert not manager.start(request, 16), "2 of 3 blocks are hits, and 4 more are wanted"
+    assert not start(manager, request, 16), "2 of 3 blocks are hits, and 4 more are wanted"
     manager.check()
     assert run(manager, make_request(list(range(9)))) == 8, "and the hits survived the refusal"
 
@@ -224,7 +231,7 @@ def test_hashes_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     manager = make_manager(FULL)
     request = make_request(list(range(40)))
     for _ in range(2):  # the second time as after a preemption
-        assert manager.start(request, 4)
+        assert start(manager, request, 4)
         while request.num_computed_tokens < 40:
             compute(manager, request, 1)
         manager.free(request)

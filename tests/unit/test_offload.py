@@ -73,8 +73,12 @@ def request_of(name: str, first: int, num_tokens: int) -> Request:
     return Request(name, token_ids, SamplingParams(max_tokens=1))
 
 
+def start(manager: CacheManager, request: Request) -> bool:
+    return manager.start(request, lambda: request.num_tokens - request.num_computed_tokens)
+
+
 def compute(manager: CacheManager, request: Request) -> None:
-    assert manager.start(request, request.num_tokens)
+    assert start(manager, request)
     request.num_computed_tokens = request.num_tokens
     manager.publish(request)
 
@@ -138,5 +142,5 @@ def test_stores_are_cancelled_until_there_is_room() -> None:
     compute(manager, again)
     assert manager.pools[0].num_available == 0
     needs_one = request_of("d", 200, 2 * BLOCK)
-    assert manager.start(needs_one, needs_one.num_tokens), "both blocks of a"
+    assert start(manager, needs_one), "both blocks of a"
     manager.check()

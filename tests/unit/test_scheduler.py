@@ -58,11 +58,39 @@ def test_running_requests_go_before_waiting_ones_and_share_the_budget() -> None:
     for name, num_tokens in (("a", 10), ("b", 20), ("c", 3)):
         add(scheduler, name, num_tokens)
     assert [shape(step(scheduler)) for _ in range(4)] == [
-        {"a": 10, "b": 6},
-        {"a": 1, "b": 14, "c": 1},
-        {"a": 1, "b": 1, "c": 2},
+        {"a": 10, "b": 4},
+        {"a": 1, "b": 12},
+        {"a": 1, "b": 4, "c": 3},
         {"a": 1, "b": 1, "c": 1},
     ]
+
+
+def test_prompts_are_cut_between_choices_where_a_step_has_room_for_one() -> None:
+    roomy, narrow = make_scheduler(max_num_seqs=4, budget=7), make_scheduler(budget=6)
+    for scheduler in (roomy, narrow):
+        for name in "abc":
+            add(scheduler, name, 1)
+        add(scheduler, "d", 9)
+    assert [shape(step(roomy)) for _ in range(4)] == [
+        {"a": 1, "b": 1, "c": 1, "d": 4},
+        {"a": 1, "b": 1, "c": 1, "d": 4},
+        {"a": 1, "b": 1, "c": 1, "d": 1},
+        {"a": 1, "b": 1, "c": 1, "d": 1},
+    ]
+    assert [shape(step(narrow))["d"] for _ in range(4)] == [3, 3, 3, 1]
+
+
+def test_nothing_is_admitted_for_less_than_a_choice() -> None:
+    scheduler = make_scheduler()
+    add(scheduler, "a", 13)
+    add(scheduler, "b", 8)
+    assert [shape(step(scheduler)) for _ in range(2)] == [{"a": 13}, {"a": 1, "b": 8}]
+
+
+def test_a_prompt_whose_logits_are_wanted_is_cut_where_these_end() -> None:
+    scheduler = make_scheduler(budget=32)
+    scheduler.add(Request("a", [1] * 38, SamplingParams(prompt_logprobs=0)))
+    assert [shape(step(scheduler))["a"] for _ in range(4)] == [16, 16, 6, 1]
 
 
 def test_a_long_prompt_starves_no_decode() -> None:

@@ -9,8 +9,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tael.backends.base import ForwardBatch, HeadOutput, TieredBlocks
-from tael.backends.reference.block_selection import chosen_blocks, layer_budgets
+from tael.backends.base import WITH_PREVIOUS, ForwardBatch, HeadOutput, TieredBlocks
+from tael.backends.reference.block_selection import (
+    CHOOSER_STEP,
+    chosen_blocks,
+    layer_budgets,
+)
 from tael.backends.reference.head import head_output
 from tael.backends.reference.kv_cache import KVCache
 from tael.backends.reference.layers import (
@@ -110,17 +114,22 @@ class ReferenceBackend:
             table = batch.block_tables[self.kv_cache.group_of_layer[layer]][s]
             self.kv_cache.write(layer, table, batch.positions[tokens], k[tokens], v[tokens])
             blocks = batch.positions[tokens] // BLOCK_SIZE
-            budgets = np.zeros(len(tokens), np.int32)
+            choices, budgets = np.arange(len(tokens)), np.zeros(len(tokens), np.int32)
             if batch.kv_budgets is not None and mixer.window is None:
-                budgets = layer_budgets(batch.kv_budgets[tokens], mixer.budget_percent)
+                own_budgets = batch.kv_budgets[tokens]
+                choices = np.flatnonzero(own_budgets != WITH_PREVIOUS)
+                choices = choices[np.cumsum(own_budgets != WITH_PREVIOUS) - 1]
+                budgets = layer_budgets(own_budgets[choices], mixer.budget_percent)
                 budgets = np.where(blocks < budgets, 0, budgets)
             for block in np.unique(blocks):
                 own = tokens[(blocks == block) & (budgets == 0)]
                 if len(own):
                     mixed[own] = self._attend_all(q[own], mixer, layer, table, batch.positions[own])
-            for token, budget in zip(tokens[budgets > 0], budgets[budgets > 0], strict=True):
-                position = int(batch.positions[token])
-                mixed[token] = self._attend_some(q[token], mixer, layer, table, position, budget)
+            for choice in np.unique(choices[budgets > 0]):
+                own = tokens[choices == choice]
+                mixed[own] = self._attend_some(
+                    q[own], mixer, layer, table, batch.positions[own], budgets[choice]
+                )
         return linear(mixed, p["o_proj.weight"], p.get("o_proj.bias"))
 
     def _attend_all(
@@ -143,35 +152,36 @@ class ReferenceBackend:
         mixer: Attention,
         layer: int,
         table: NDArray[np.int32],
-        position: int,
+        positions: NDArray[np.int32],
         budget: int,
     ) -> Float32:
-        """Queries [H, D] of one token over ``budget`` blocks, chosen for each KV head."""
-        own = position // BLOCK_SIZE
+        """Queries [T, H, D] of one block over ``budget`` blocks, which they choose together for
+        each KV head."""
+        own = positions[0] // BLOCK_SIZE
         summaries = self.kv_cache.summaries(layer, table[:own])
-        grouped = q.reshape(mixer.num_kv_heads, -1, mixer.head_dim)
+        grouped = q.reshape(len(q), mixer.num_kv_heads, -1, mixer.head_dim).swapaxes(0, 1)
         mixed = []
         for head, queries in enumerate(grouped):
-            scored = self.scored(queries, mixer.scale)
+            choosers = queries[::CHOOSER_STEP].reshape(-1, mixer.head_dim)
+            scored = self.scored(choosers, mixer.scale)
             blocks = chosen_blocks(scored, summaries.of_head(head), budget)
             seen = (blocks[:, None] * BLOCK_SIZE + np.arange(BLOCK_SIZE)).ravel()
-            seen = np.append(seen, np.arange(own * BLOCK_SIZE, position + 1)).astype(np.int32)
+            seen = np.append(seen, np.arange(own * BLOCK_SIZE, positions[-1] + 1)).astype(np.int32)
             keys, values = self.kv_cache.read(layer, table, seen, own)
             # As if the sequence had no other blocks.
             places = np.arange(len(seen), dtype=np.int32)
             mixed.append(
                 self.attend(
-                    queries[None],
+                    queries,
                     keys[:, head : head + 1],
                     values[:, head : head + 1],
-                    places[-1:],
+                    places[-1] + positions - positions[-1],
                     places,
                     mixer.scale,
                     None,
                 )
             )
-        heads: Float32 = np.concatenate(mixed, axis=1)[0]
-        return heads
+        return np.concatenate(mixed, axis=1)
 
     @staticmethod
     def scored(q: Float32, scale: float) -> Float32:

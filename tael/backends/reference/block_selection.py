@@ -18,6 +18,9 @@ from tael.config import (
 CANDIDATES_PER_BLOCK = 3
 """Blocks whose keys are scored, for each that is read."""
 
+CHOOSER_STEP = 2
+"""Of tokens that choose together, every other does: the one beside it wants much the same."""
+
 
 def layer_budgets(budgets: NDArray[np.int32], percent: int) -> NDArray[np.int32]:
     """Of KV budgets in blocks, what a layer with ``percent`` of them reads. 0 stays: all."""
