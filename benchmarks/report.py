@@ -38,6 +38,7 @@ def tables(results: Path = RESULTS) -> dict[str, str]:
         "long-context": ("long-context", long_context.mode_table),
         "long-context-1.5b": ("long-context-1.5b", long_context.mode_table),
         "long-prefill": ("long-prefill", long_context.prefill_table),
+        "long-prefill-amx": ("long-prefill-amx", long_context.prefill_table),
         "tiered": ("tiered", long_context.tier_table),
         "million-tokens": ("million-tokens", long_context.length_table),
         "context-0.5b": ("context-qwen2.5-coder-0.5b", long_context.quality_table),
