@@ -27,14 +27,14 @@ AttentionWorkspace::AttentionWorkspace(const Limits& limits, int num_threads,
   v = Rows(limits.max_tokens, kv_columns);
   shared_states = Buffer<float>(shared);
   const int64_t unpacked = unpacks ? kChunkBlocks * bf16_head_bytes(head_dim) / 2 : 0;
-  const int64_t blocks = selects ? limits.max_model_len / kBlockTokens : 0;
+  const int64_t blocks = selects ? limits.max_model_len / kBlockTokens : 0, choosing_q = selects ? piece_q : 0;
   for (int t = 0; t < num_threads; ++t)
     scratch.push_back({Buffer<float>(2 * states),
                        Buffer<float>(head_dim),
                        Buffer<uint16_t>(unpacked),
                        Buffer<int32_t>(limits.max_model_len / kBlockTokens + 1),
-                       {Buffer<uint16_t>(piece_q), BlockSelection(blocks, selects ? piece_q : 0)},
-                       {Buffer<uint16_t>(selects ? piece_q : 0), BlockSelection(blocks, selects ? piece_q : 0)},
+                       {Buffer<uint16_t>(piece_q), BlockSelection(blocks, choosing_q)},
+                       {Buffer<uint16_t>(choosing_q), BlockSelection(blocks, choosing_q)},
                        states});
 }
 

@@ -32,7 +32,6 @@ struct BlockSelection {
   Buffer<uint64_t> best;       // indices of the highest of them
   Buffer<int32_t> candidates;  // entries of a block table
   Buffer<int32_t> chosen;      // likewise, of the blocks that are read
-
   Buffer<uint16_t> queries;    // of the tokens that choose
 
   BlockSelection(int64_t max_blocks, int64_t max_queries)

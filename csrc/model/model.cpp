@@ -190,9 +190,6 @@ void Model::check(const Batch& batch) const {
     require(batch.logits_indices[i] >= 0 && batch.logits_indices[i] < batch.num_tokens, "logits index");
     require(batch.temperatures[i] > 0.0f, "temperature is not above 0");
   }
-  for (int64_t t = 0; batch.kv_budgets && t < batch.num_tokens; ++t)
-    if (batch.kv_budgets[t] != kWithPrevious)
-      require(batch.kv_budgets[t] == 0 || (selects_ && batch.kv_budgets[t] >= kMinBudgetBlocks), "KV budget too small");
   for (int64_t t = 0; t < batch.num_tokens; ++t)
     require(batch.token_ids[t] >= 0 && batch.token_ids[t] < config_.vocab_size, "token id beyond vocabulary");
   for (int64_t s = 0; s < batch.num_seqs; ++s) {
@@ -203,8 +200,11 @@ void Model::check(const Batch& batch) const {
     require(position >= 0 && end <= limits_.max_model_len, "position beyond max_model_len");
     for (int32_t t = first; t < last; ++t) {
       require(batch.positions[t] == position + t - first, "positions are not consecutive");
-      if (batch.kv_budgets && batch.kv_budgets[t] == kWithPrevious)
+      const int32_t budget = batch.kv_budgets ? batch.kv_budgets[t] : 0;
+      if (budget == kWithPrevious)
         require(t > first && batch.positions[t] % kBlockTokens > 0, "no token before this one in its block");
+      else
+        require(budget == 0 || (selects_ && budget >= kMinBudgetBlocks), "KV budget too small");
     }
     for (size_t group = 0; group < batch.block_tables.size(); ++group) {
       require((end - 1) / kBlockTokens < batch.block_tables[group].stride, "block table too short");

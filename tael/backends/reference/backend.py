@@ -117,8 +117,8 @@ class ReferenceBackend:
             choices, budgets = np.arange(len(tokens)), np.zeros(len(tokens), np.int32)
             if batch.kv_budgets is not None and mixer.window is None:
                 own_budgets = batch.kv_budgets[tokens]
-                choices = np.flatnonzero(own_budgets != WITH_PREVIOUS)
-                choices = choices[np.cumsum(own_budgets != WITH_PREVIOUS) - 1]
+                chooses = own_budgets != WITH_PREVIOUS
+                choices = np.flatnonzero(chooses)[np.cumsum(chooses) - 1]
                 budgets = layer_budgets(own_budgets[choices], mixer.budget_percent)
                 budgets = np.where(blocks < budgets, 0, budgets)
             for block in np.unique(blocks):
