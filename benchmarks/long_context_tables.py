@@ -110,11 +110,12 @@ def length_lines(report: dict[str, Any]) -> dict[str, Line]:
 
 def quality_table(report: dict[str, Any]) -> str:
     """The cells of a run of ``tael bench context``."""
-    head = ("mode", "length", "score (95%)", "retention, pp", "better / worse", "KV", "ms a token")
+    costs = ("KV", "first token", "ms a token")
+    head = ("mode", "length", "score (95%)", "retention, pp", "better / worse", "KLD", *costs)
     rows = []
     for cell in report["cells"]:
         if cell["error"]:
-            rows.append((cell["mode"], f"{cell['length']:,}", f"failed: {cell['error']}", *4 * "-"))
+            rows.append((cell["mode"], f"{cell['length']:,}", f"failed: {cell['error']}", *6 * "-"))
             continue
         changes = [
             flip["change"]
@@ -122,7 +123,7 @@ def quality_table(report: dict[str, Any]) -> str:
             if (flip["mode"], flip["length"]) == (cell["mode"], cell["length"])
         ]
         better = sum(change > 0 for change in changes)
-        score, cost = cell["score"], cell["cost"]
+        score, cost, divergence = cell["score"], cell["cost"], cell["divergence"]
         rows.append(
             (
                 cell["mode"],
@@ -134,7 +135,9 @@ def quality_table(report: dict[str, Any]) -> str:
                 )
                 or "-",
                 f"{better} / {len(changes) - better}" if cell["mode"] != "exact" else "-",
+                f"{divergence['mean_kld']:.4f}" if divergence else "-",
                 format_bytes(cost["kv_bytes"]),
+                f"{cost['time_to_first_token_s']:.0f} s",
                 f"{1000 * cost['s_per_token']:.1f}",
             )
         )
