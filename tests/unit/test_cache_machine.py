@@ -505,7 +505,6 @@ class CacheMachine(RuleBasedStateMachine):
 SETTINGS = settings(
     max_examples=200,
     stateful_step_count=30,
-    derandomize=True,
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
@@ -513,7 +512,7 @@ TestCacheMachine = CacheMachine.TestCase
 TestCacheMachine.settings = SETTINGS
 
 
-@settings(max_examples=100, derandomize=True, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     windows=windows,

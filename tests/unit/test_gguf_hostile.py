@@ -119,7 +119,6 @@ MUTATION = st.tuples(
 
 
 @settings(
-    derandomize=True,
     database=None,
     deadline=None,
     max_examples=200,

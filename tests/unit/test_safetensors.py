@@ -220,7 +220,6 @@ ENTRY = st.fixed_dictionaries(
 
 
 @settings(
-    derandomize=True,
     database=None,
     deadline=None,
     max_examples=150,

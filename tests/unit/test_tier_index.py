@@ -18,7 +18,7 @@ operations = st.lists(
 )
 
 
-@settings(derandomize=True, deadline=None)
+@settings(deadline=None)
 @given(operations)
 def test_index(operations: list[tuple[str, bytes, int]]) -> None:
     index, expected = Index(100), list[tuple[bytes, int]]()

@@ -54,7 +54,7 @@ def test_fields() -> None:
     }
 
 
-@settings(derandomize=True, deadline=None)
+@settings(deadline=None)
 @given(usages)
 def test_what_a_client_reads_adds_up_to_the_prompt(usage: Usage) -> None:
     """Read as the vendors' own documents say, all dialects give back the same classes."""
