@@ -115,7 +115,8 @@ def quality_table(report: dict[str, Any]) -> str:
     rows = []
     for cell in report["cells"]:
         if cell["error"]:
-            rows.append((cell["mode"], f"{cell['length']:,}", f"failed: {cell['error']}", *6 * "-"))
+            failed = (cell["mode"], f"{cell['length']:,}", f"failed: {cell['error']}")
+            rows.append((*failed, *(len(head) - len(failed)) * "-"))
             continue
         changes = [
             flip["change"]

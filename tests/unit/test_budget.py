@@ -138,7 +138,7 @@ def try_plan(*args: object) -> PoolPlan | None:
         return None
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     groups=groups_of_models,
     kv_bytes=st.integers(0, 3_000_000),

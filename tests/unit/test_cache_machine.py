@@ -505,14 +505,13 @@ class CacheMachine(RuleBasedStateMachine):
 SETTINGS = settings(
     max_examples=200,
     stateful_step_count=30,
-    deadline=None,
     suppress_health_check=list(HealthCheck),
 )
 TestCacheMachine = CacheMachine.TestCase
 TestCacheMachine.settings = SETTINGS
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     seed=st.integers(0, 10_000),
     windows=windows,

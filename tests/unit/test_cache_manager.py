@@ -164,7 +164,7 @@ def test_a_hit_needs_only_the_window_in_a_window_group() -> None:
     assert run(manager, make_request(list(range(20)))) == 0
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     windows=st.lists(st.none() | st.integers(1, 20), min_size=1, max_size=3),
     present=st.lists(st.tuples(*[st.integers(0, 4)] * 3), max_size=10),

@@ -30,7 +30,7 @@ def longest_match(token_ids: list[int], context: list[int]) -> tuple[int, int]:
     return best
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(token_ids=few_tokens, appended=st.lists(st.integers(1, 9)), context=few_tokens)
 def test_the_longest_and_then_the_most_recent_match_is_found(
     token_ids: list[int], appended: list[int], context: list[int]
@@ -72,7 +72,6 @@ def test_a_search_is_bounded() -> None:
 probabilities = st.floats(0.0, 1.0)
 
 
-@settings(deadline=None)
 @given(
     sequences=st.lists(st.tuples(probabilities, st.integers(-1, 4)), min_size=1, max_size=3),
     num_others=st.integers(0, 40),

@@ -120,7 +120,6 @@ MUTATION = st.tuples(
 
 @settings(
     database=None,
-    deadline=None,
     max_examples=200,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

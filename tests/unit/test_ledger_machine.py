@@ -258,7 +258,6 @@ def held(ledger: Ledger) -> Iterator[None]:
 
 
 SETTINGS = settings(
-    deadline=None,
     stateful_step_count=12,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )

@@ -78,7 +78,7 @@ texts = st.text(st.sampled_from("abé漢🙂"), max_size=30)
 stop_lists = st.lists(st.text(st.sampled_from("abé漢🙂"), min_size=1, max_size=5), max_size=4)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(text=texts, stops=stop_lists, data=st.data())
 def test_stream_is_the_text_before_the_first_stop_string(
     text: str, stops: list[str], data: st.DataObject
@@ -97,7 +97,7 @@ def test_stream_is_the_text_before_the_first_stop_string(
         assert cut(b"".join(pieces[: last + 1]).decode(errors="ignore"), stops) == expected
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=texts, stops=stop_lists, data=st.data())
 def test_only_what_could_become_a_stop_string_is_held_back(
     text: str, stops: list[str], data: st.DataObject

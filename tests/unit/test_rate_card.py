@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tael.economics.rate_card import FREE, Rate, RateCard, ServiceTier, Tier
@@ -62,7 +62,6 @@ def test_the_sum_is_rounded_once_to_the_nearest_nano(num_tokens: int, nano: int)
     assert price(card(Tier(1, 1)), Usage(half, num_output_tokens=num_tokens - half)) == nano
 
 
-@settings(deadline=None)
 @given(tiers, counts, counts, counts, counts, st.integers(0, 10_000))
 def test_the_price_is_within_half_a_nano(
     tier: Tier, fresh: int, read: int, write: int, output: int, percent: int
@@ -83,7 +82,6 @@ def test_the_price_is_within_half_a_nano(
     assert abs(charged - exact) <= Fraction(1, 2)
 
 
-@settings(deadline=None)
 @given(st.lists(tiers, min_size=3, max_size=3), counts, counts, counts, counts, service_tiers)
 def test_no_request_costs_more_than_its_reservation(
     three: list[Tier], fresh: int, read: int, write: int, output: int, service_tier: ServiceTier

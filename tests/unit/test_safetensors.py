@@ -221,7 +221,6 @@ ENTRY = st.fixed_dictionaries(
 
 @settings(
     database=None,
-    deadline=None,
     max_examples=150,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

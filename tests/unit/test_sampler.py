@@ -82,7 +82,7 @@ def sample_once(
     return Sampler(request, index).sample(head_of(logits, params), 0)[0]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     seed=st.integers(0, 2**32),
     vocab_size=st.integers(1, 700),
@@ -118,7 +118,7 @@ def test_candidates_equal_those_of_a_full_sort(
         raise AssertionError((list(ids), expected))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     seed=st.integers(0, 2**32),
     vocab_size=st.sampled_from([1, 40, 64, 65, 2000]),
@@ -158,7 +158,7 @@ def test_the_most_likely_tokens_tell_what_filters_leave(
     raise AssertionError((len(weights), reference_candidates(logits, params)))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     seed=st.integers(0, 2**32),
     temperature=st.floats(0.1, 3.0),
@@ -243,7 +243,7 @@ def test_draws_follow_the_distribution(params: SamplingParams) -> None:
     assert deviation / math.sqrt(2 / (9 * freedom)) < 4
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     seed=st.integers(0, 2**32),
     size=st.integers(1, 2000),

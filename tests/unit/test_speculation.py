@@ -179,7 +179,6 @@ tasks = st.builds(
 
 @settings(
     max_examples=100,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
 @given(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tael.memory.tiers.index import Index
@@ -18,7 +18,6 @@ operations = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(operations)
 def test_index(operations: list[tuple[str, bytes, int]]) -> None:
     index, expected = Index(100), list[tuple[bytes, int]]()

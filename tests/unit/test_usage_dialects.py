@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tael.economics.usage import anthropic, deepseek, openai_chat, openai_responses
@@ -54,7 +54,6 @@ def test_fields() -> None:
     }
 
 
-@settings(deadline=None)
 @given(usages)
 def test_what_a_client_reads_adds_up_to_the_prompt(usage: Usage) -> None:
     """Read as the vendors' own documents say, all dialects give back the same classes."""
